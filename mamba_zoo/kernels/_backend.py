@@ -1,0 +1,82 @@
+"""Which implementation of an op runs, and why the faster ones were refused.
+
+A backend is a folder `kernels/_<name>/` with `refuse()` in its `__init__` and one file per op. It is imported on first
+use, so a machine without CUDA, Triton or numba imports none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+# Fastest first. `reference` runs on every device and dtype, so a choice always exists.
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_override: list[str] = []
+
+
+def refusals(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+    """For every backend, fastest first: None if it can serve `dtype` on `device`, else the reason it cannot."""
+    kind = torch.device(device).type
+    return {name: _package(name).refuse(kind, dtype) for name in BACKENDS}
+
+
+def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that will run: the fastest that serves `device` and `dtype`, unless one is `requested`.
+
+    Raises:
+        ValueError: `requested` is unknown, or cannot serve this device and dtype.
+    """
+    name = _override[-1] if _override and requested == "auto" else requested
+    if name == "auto":
+        return _fastest(device.type, dtype)
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; choose 'auto' or one of {', '.join(BACKENDS)}")
+    if reason := _package(name).refuse(device.type, dtype):
+        raise ValueError(f"backend={name!r} cannot run here: {reason}; use backend='auto'")
+    return name
+
+
+# torch.compile takes the choice as a constant. This is what torch.compiler.assume_constant_result sets; calling it would
+# import the whole of dynamo along with mamba_zoo.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Within the block, every op called with `backend="auto"` uses `backend`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    _override.append(backend)
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+def implementation(backend: str, op: str) -> ModuleType:
+    """The module `kernels._<backend>.<op>`."""
+    return importlib.import_module(f"mamba_zoo.kernels._{backend}.{op}")
+
+
+def _package(name: str) -> ModuleType:
+    return importlib.import_module(f"mamba_zoo.kernels._{name}")
+
+
+@lru_cache(maxsize=64)
+def _fastest(kind: str, dtype: torch.dtype) -> str:
+    refused = {}
+    for name in BACKENDS:
+        reason = _package(name).refuse(kind, dtype)
+        if reason is None:
+            break
+        refused[name] = reason
+    if name == "reference" and dtype != torch.float64 and kind in ("cpu", "cuda"):
+        why = "; ".join(f"{other}: {reason}" for other, reason in refused.items())
+        warnings.warn(f"mamba_zoo runs its slow reference kernels on {kind} ({why})", stacklevel=3)
+    return name

@@ -1,0 +1,296 @@
+"""The selective scan of Mamba (arXiv:2312.00752), visiting tokens through an index table.
+
+dt, B and C are per-token projections, so they commute with any reordering: they are computed once in token order, and
+the kernel reads rows by index and writes each output back at its own token. Directions, curves and windows are data.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backend import choose, implementation
+from ._order import pack_order, prepare_order
+from ._scan_args import ScanArgs
+
+REDUCTIONS = (None, "sum", "mean")
+_GRADIENTS = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    order: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    reduce: str | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run one recurrence per direction over the tokens, in the order given, and return outputs at their own tokens.
+
+    With `i = order[k, t]` the token that direction `k` reads at step `t`, and `delta = softplus(dt[i] + dt_bias)`:
+
+        h = exp(delta * A) * h + delta * u[i] * B[i]
+        y[i] = (C[i] * h).sum(states) + D * u[i], times silu(z[i]) if a gate is given
+
+    State, accumulation and the path of dt are float32 (float64 for float64 tokens). Under autocast u, dt, B, C and z
+    are cast to the autocast dtype; A, D, dt_bias and the state never are. Differentiable once, in every tensor.
+
+    Args:
+        u: Tokens `(b, l, d)` shared by all directions, or `(b, l, k, d)`; in token order, nothing gathered beforehand.
+        dt: Step sizes `(b, l, k, d)` in units of one token, before `dt_bias` and softplus.
+        A: Decay rates `(k, d, n)`, negative for a stable state.
+        B: Input maps `(b, l, k, n)`.
+        C: Output maps `(b, l, k, n)`.
+        D: Skip weights `(k, d)`.
+        z: Gate `(b, l, d)` or `(b, l, k, d)`, before its SiLU.
+        order: `(k, m)` or per sample `(b, k, m)` token indices. -1 is an empty step: the state decays as for a zero
+            token and nothing is written. Tokens that a direction never visits are zero in its output. None visits
+            tokens 0..l-1 in every direction.
+        dt_bias: `(k, d)`, added to `dt` before softplus.
+        dt_softplus: Whether step sizes pass through softplus.
+        reduce: None returns every direction; "sum" or "mean" reduces over them, in float32.
+        initial_state: `(b, k, d, n)`, or `(s, k, d, n)` for `s` packed sequences. None is zero.
+        return_final_state: Return the state after the last step as well.
+        cu_seqlens: `(s + 1,)` integer token boundaries of `s` sequences packed into one sample (`b = 1`), from 0 to l.
+            Each is scanned as if it were alone, in every direction, whatever `order` does in between.
+        out_dtype: Of the result; None is the dtype of `u`. float32 is safer for float16 tokens, whose sums overflow.
+        backend: "auto", or one of `kernels.BACKENDS`.
+
+    Returns:
+        `(b, l, k, d)`, or `(b, l, d)` with `reduce`; with `return_final_state` also the state
+        `(b | s, k, d, n)`, float32.
+
+    Raises:
+        ValueError: shapes that disagree, a bad `order`, `cu_seqlens`, `reduce` or `backend`.
+        TypeError: tokens of different dtypes, or an `order` that is no integer tensor.
+
+    Source:
+        arXiv:2312.00752, equation 2; exact step on A, Euler step on B, as in its published code.
+    """
+    _check_shapes(u, dt, A, B, C, D, z, dt_bias)
+    b, l, k, d = dt.shape
+    u, dt, B, C, z = _autocast(u, dt, B, C, z)
+    if len(dtypes := {x.dtype for x in (u, dt, B, C, z) if x is not None}) > 1:
+        raise TypeError(f"u, dt, B, C and z must share a dtype, not {sorted(map(str, dtypes))}; cast them, or autocast")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce={reduce!r} is unknown; choose one of {REDUCTIONS}")
+    exact = torch.float64 if u.dtype == torch.float64 else torch.float32
+    A, D, dt_bias, initial_state = (x if x is None else x.to(exact) for x in (A, D, dt_bias, initial_state))
+    table, complete = prepare_order(order, b, l, k, u.device)
+    offsets = None
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, b, l, order)
+        table, offsets = pack_order(table, cu_seqlens, l)
+    rows = b if offsets is None else offsets.shape[1] - 1
+    if initial_state is not None and initial_state.shape != (rows, k, d, A.shape[2]):
+        raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}, expected {(rows, k, d, A.shape[2])}")
+    save = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    )
+    y, final, _ = _forward(
+        u, dt, A, B, C, D, z, dt_bias, table, offsets, initial_state,
+        dt_softplus, reduce or "none", complete, save, return_final_state, out_dtype or u.dtype,
+        choose(backend, u.device, u.dtype),
+    )  # fmt: skip
+    return (y, final) if return_final_state else y
+
+
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step of `selective_scan` for streaming: the next token of every sample.
+
+    Args:
+        state: `(b, k, d, n)` float32, from `return_final_state` or an earlier step.
+        u: The token `(b, d)` or `(b, k, d)`.
+        dt: `(b, k, d)`, before bias and softplus.
+        A: `(k, d, n)`.
+        B: `(b, k, n)`.
+        C: `(b, k, n)`.
+        D: `(k, d)`.
+        z: `(b, d)` or `(b, k, d)`.
+        dt_bias: `(k, d)`.
+        dt_softplus: Whether the step size passes through softplus.
+
+    Returns:
+        The output `(b, k, d)` in the dtype of `u`, and the new state.
+    """
+    exact = state.dtype
+    token = (u if u.dim() == 3 else u[:, None]).to(exact)
+    delta = dt.to(exact) if dt_bias is None else dt.to(exact) + dt_bias.to(exact)
+    if dt_softplus:
+        delta = F.softplus(delta)
+    state = torch.exp(delta[..., None] * A.to(exact)) * state + (delta * token)[..., None] * B.to(exact)[:, :, None]
+    y = (state * C.to(exact)[:, :, None]).sum(-1)
+    if D is not None:
+        y = y + D.to(exact) * token
+    if z is not None:
+        y = y * F.silu((z if z.dim() == 3 else z[:, None]).to(exact))
+    return y.to(u.dtype), state
+
+
+@torch.library.custom_op("mamba_zoo::selective_scan", mutates_args=())
+def _forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    order: Tensor,
+    offsets: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    reduce: str,
+    complete: bool,
+    save: bool,
+    want_final: bool,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    s = ScanArgs(u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state, dt_softplus, reduce, complete, out_dtype)
+    y, final, saved = implementation(backend, "selective_scan").forward(s, save, want_final)
+    nothing = A.new_empty(0)
+    # An op may not return the same tensor twice, hence the clone.
+    return y, nothing if final is None else final, nothing.clone() if saved is None else saved
+
+
+@_forward.register_fake
+def _(
+    u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state,
+    dt_softplus, reduce, complete, save, want_final, out_dtype, backend,
+):  # fmt: skip
+    s = ScanArgs(u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state, dt_softplus, reduce, complete, out_dtype)
+    saved = implementation(backend, "selective_scan").saved_shape(s) if save else (0,)
+    return (
+        u.new_empty(s.y_shape, dtype=out_dtype),
+        s.new_state() if want_final else A.new_empty(0),
+        u.new_empty(saved, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("mamba_zoo::selective_scan_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    saved: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    order: Tensor,
+    offsets: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    reduce: str,
+    complete: bool,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    s = ScanArgs(u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state, dt_softplus, reduce, complete, out_dtype)
+    grads = implementation(backend, "selective_scan").backward(s, dy, dfinal, saved)
+    return [grads[name] for name in s.differentiable()]
+
+
+@_backward.register_fake
+def _(
+    dy, dfinal, saved, u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state,
+    dt_softplus, reduce, complete, out_dtype, backend,
+):  # fmt: skip
+    given = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given if x is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, dt_softplus, reduce, complete, _, want_final, out_dtype, backend = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.flags = (dt_softplus, reduce, complete, out_dtype, backend)
+    ctx.want_final = want_final
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, dy, dfinal, _):
+    *tensors, saved = ctx.saved_tensors
+    u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state = tensors
+    dt_softplus, reduce, complete, out_dtype, backend = ctx.flags
+    s = ScanArgs(u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state, dt_softplus, reduce, complete, out_dtype)
+    if dy is None:  # only the final state was used
+        dy = u.new_zeros(s.y_shape, dtype=out_dtype)
+    values = _backward(dy, dfinal if ctx.want_final else None, saved, *tensors, *ctx.flags)
+    by_name = dict(zip(s.differentiable(), values, strict=True))
+    g = [by_name.get(name) for name in _GRADIENTS]
+    return *g[:8], None, None, g[8], *[None] * 7
+
+
+_forward.register_autograd(_gradient, setup_context=_setup_context)
+
+
+def _autocast(u: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """Tokens in the autocast dtype, if autocast is on for their device."""
+    tokens = [u, *others]
+    if u.device.type == "meta" or not torch.is_autocast_enabled(u.device.type) or u.dtype == torch.float64:
+        return tokens
+    dtype = torch.get_autocast_dtype(u.device.type)
+    return [x if x is None else x.to(dtype) for x in tokens]
+
+
+def _check_shapes(u, dt, A, B, C, D, z, dt_bias) -> None:
+    """Raise ValueError naming the first argument whose shape does not follow from those of `dt` and `A`."""
+    if dt.dim() != 4 or A.dim() != 3:
+        raise ValueError(f"dt must be (b, l, k, d) and A (k, d, n), not {tuple(dt.shape)} and {tuple(A.shape)}")
+    b, l, k, d = dt.shape
+    n = A.shape[2]
+    if 0 in (l, k, d, n):
+        raise ValueError(f"dt {tuple(dt.shape)} and A {tuple(A.shape)} leave nothing to scan; every size must be >= 1")
+    tokens, maps, channels = ((b, l, d), (b, l, k, d)), ((b, l, k, n),), ((k, d),)
+    expected = {
+        "u": (u, tokens), "A": (A, ((k, d, n),)), "B": (B, maps), "C": (C, maps),
+        "D": (D, channels), "z": (z, tokens), "dt_bias": (dt_bias, channels),
+    }  # fmt: skip
+    for name, (value, shapes) in expected.items():
+        if value is not None and tuple(value.shape) not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, expected {wanted} to go with dt {tuple(dt.shape)} "
+                f"(b, l, k, d) and n={n} states"
+            )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, b: int, l: int, order: Tensor | None) -> None:
+    if b != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"cu_seqlens needs one packed sample (b=1) and shape (s + 1,), not b={b} and {tuple(cu_seqlens.shape)}"
+        )
+    if torch.compiler.is_compiling() or cu_seqlens.is_meta:
+        return
+    cuts = cu_seqlens.tolist()
+    if cuts[0] != 0 or cuts[-1] != l or any(a > z for a, z in zip(cuts[:-1], cuts[1:], strict=True)):
+        raise ValueError(f"cu_seqlens must rise from 0 to l={l}, not {cuts[:6]}{'...' if len(cuts) > 6 else ''}")
+    if order is not None and bool((order < 0).any()):
+        raise ValueError("order has empty steps (-1), which belong to no packed sequence; drop them or cu_seqlens")
