@@ -42,8 +42,8 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-# torch.compile takes the choice as a constant. This is what torch.compiler.assume_constant_result sets; calling it would
-# import the whole of dynamo along with mamba_zoo.
+# torch.compile takes the choice as a constant. This is what torch.compiler.assume_constant_result sets; calling that
+# would import the whole of dynamo along with mamba_zoo.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -70,7 +70,7 @@ def _package(name: str) -> ModuleType:
 
 @lru_cache(maxsize=64)
 def _fastest(kind: str, dtype: torch.dtype) -> str:
-    refused = {}
+    refused, name = {}, "reference"
     for name in BACKENDS:
         reason = _package(name).refuse(kind, dtype)
         if reason is None:

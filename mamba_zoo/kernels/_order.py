@@ -38,7 +38,9 @@ def prepare_order(order: Tensor | None, b: int, l: int, k: int, device: torch.de
     if torch.compiler.is_compiling() or order.is_meta or _is_fake(order) or _capturing(device):
         table = order.to(device=device, dtype=torch.int32)
         return (table if table.dim() == 3 else table[None]).contiguous(), False
-    known = _checked.setdefault(order, {})
+    known = _checked.get(order)
+    if known is None:
+        known = _checked[order] = {}
     entry = known.get((device, l))
     if entry is None or entry[0] != order._version:
         complete = _check_values(order, l)

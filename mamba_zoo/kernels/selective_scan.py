@@ -6,6 +6,9 @@ the kernel reads rows by index and writes each output back at its own token. Dir
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +38,7 @@ def selective_scan(
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # Tensor, or (Tensor, Tensor) with return_final_state
     """Run one recurrence per direction over the tokens, in the order given, and return outputs at their own tokens.
 
     With `i = order[k, t]` the token that direction `k` reads at step `t`, and `delta = softplus(dt[i] + dt_bias)`:
@@ -86,7 +89,8 @@ def selective_scan(
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r} is unknown; choose one of {REDUCTIONS}")
     exact = torch.float64 if u.dtype == torch.float64 else torch.float32
-    A, D, dt_bias, initial_state = (x if x is None else x.to(exact) for x in (A, D, dt_bias, initial_state))
+    A = A.to(exact)
+    D, dt_bias, initial_state = (x if x is None else x.to(exact) for x in (D, dt_bias, initial_state))
     table, complete = prepare_order(order, b, l, k, u.device)
     offsets = None
     if cu_seqlens is not None:
@@ -238,7 +242,7 @@ def _setup_context(ctx, inputs, output):
 def _gradient(ctx, dy, dfinal, _):
     *tensors, saved = ctx.saved_tensors
     u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state = tensors
-    dt_softplus, reduce, complete, out_dtype, backend = ctx.flags
+    dt_softplus, reduce, complete, out_dtype, _ = ctx.flags
     s = ScanArgs(u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state, dt_softplus, reduce, complete, out_dtype)
     if dy is None:  # only the final state was used
         dy = u.new_zeros(s.y_shape, dtype=out_dtype)
@@ -251,9 +255,9 @@ def _gradient(ctx, dy, dfinal, _):
 _forward.register_autograd(_gradient, setup_context=_setup_context)
 
 
-def _autocast(u: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+def _autocast(u: Tensor, *others: Tensor | None) -> list[Any]:
     """Tokens in the autocast dtype, if autocast is on for their device."""
-    tokens = [u, *others]
+    tokens: list[Any] = [u, *others]
     if u.device.type == "meta" or not torch.is_autocast_enabled(u.device.type) or u.dtype == torch.float64:
         return tokens
     dtype = torch.get_autocast_dtype(u.device.type)
@@ -290,7 +294,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, b: int, l: int, order: Tensor | None) 
     if torch.compiler.is_compiling() or cu_seqlens.is_meta:
         return
     cuts = cu_seqlens.tolist()
-    if cuts[0] != 0 or cuts[-1] != l or any(a > z for a, z in zip(cuts[:-1], cuts[1:], strict=True)):
+    if cuts[0] != 0 or cuts[-1] != l or any(low > high for low, high in pairwise(cuts)):
         raise ValueError(f"cu_seqlens must rise from 0 to l={l}, not {cuts[:6]}{'...' if len(cuts) > 6 else ''}")
     if order is not None and bool((order < 0).any()):
         raise ValueError("order has empty steps (-1), which belong to no packed sequence; drop them or cu_seqlens")

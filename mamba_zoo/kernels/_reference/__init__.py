@@ -1,4 +1,4 @@
-"""Plain torch, one step after another, on any device and dtype: the oracle, and the fallback where nothing else runs."""
+"""Plain torch, one step after another, any device and dtype: the oracle, and the fallback where nothing else runs."""
 
 from __future__ import annotations
 
