@@ -1,6 +1,15 @@
 """The ops that everything stands on: order-indexed scans and convolutions, each with several implementations."""
 
 from ._backend import BACKENDS, refusals, use
+from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .selective_scan import selective_scan, selective_scan_step
 
-__all__ = ["BACKENDS", "refusals", "selective_scan", "selective_scan_step", "use"]
+__all__ = [
+    "BACKENDS",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "refusals",
+    "selective_scan",
+    "selective_scan_step",
+    "use",
+]
