@@ -1,0 +1,61 @@
+"""Which registered models a set of weights belongs to, found by names and shapes alone, without allocating any."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+import timm
+from timm.models import PretrainedCfg, model_entrypoint
+from torch import Tensor, nn
+
+from ._match import Match, match, variants
+
+FilterFn = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+
+
+def zoo_models() -> list[str]:
+    """Names of the models that this package registered with timm."""
+    return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("mamba_zoo.")]
+
+
+@lru_cache(maxsize=256)
+def blueprint(name: str) -> nn.Module:
+    """The registered model `name` with its default arguments, on the meta device."""
+    return timm.create_model(name, device="meta")
+
+
+def filter_of(module: str) -> FilterFn:
+    """The `checkpoint_filter_fn` of a backbone file, or one that changes nothing."""
+    return getattr(sys.modules.get(module), "checkpoint_filter_fn", lambda state, model: state)
+
+
+def renamed(state: Mapping[str, Tensor], model: nn.Module, filter_fn: FilterFn) -> tuple[dict[str, Tensor], bool]:
+    """`state` under the model's names, and whether the filter changed how many values there are."""
+    new = filter_fn(dict(state), model)
+    return new, sum(v.numel() for v in new.values()) != sum(v.numel() for v in state.values())
+
+
+def identify(state: Mapping[str, Tensor]) -> dict[str, Match]:
+    """Every registered model that the weights fit, up to the number of classes.
+
+    Families can share names and shapes (Vim and VideoMamba do), so there may be several. Models that the weights fit
+    as they are come alone; those that need a resized table are only listed when there is no other.
+    """
+    found: dict[str, Match] = {}
+    for name in zoo_models():
+        model = blueprint(name)
+        cfg, filter_fn = PretrainedCfg(**model.pretrained_cfg), filter_of(model_entrypoint(name).__module__)
+        for weights in variants(state):
+            try:
+                new, resized = renamed(weights, model, filter_fn)
+            except (ValueError, KeyError, IndexError, RuntimeError):  # weights of another family
+                continue
+            fit = match(new, model, cfg, new_classes=True)
+            fit.resized = resized
+            if not fit.differences:
+                found[name] = fit
+                break
+    exact = {name: fit for name, fit in found.items() if not fit.resized}
+    return exact or found
