@@ -1,0 +1,333 @@
+"""Names of scans, specs written with them, and the tables they stand for."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import fnmatch
+import hashlib
+import inspect
+import itertools
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+
+from .compose import COMPOSITIONS
+from .core import Scan, check_coverage
+
+ScanLike: TypeAlias = "str | Scan | Callable[..., Any]"
+
+
+@dataclass(frozen=True)
+class ScanEntry:
+    """A registered scan: its function, where it is at home, and how its arguments are called."""
+
+    function: Callable[..., Any]
+    modality: tuple[str, ...]
+    axes: tuple[str, ...] | None  # names of the grid sizes; None takes any number
+    options: tuple[str, ...]  # further arguments, in order
+
+
+SCANS: dict[str, ScanEntry] = {}
+_anonymous: dict[str, ScanEntry] = {}  # functions and Scan objects given without a name, under names of our own
+_numbers = itertools.count(1)
+
+
+def register_scan(
+    name: str, modality: str | Sequence[str] = "image", replace: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: give a scan a name, usable wherever a scan is expected.
+
+    The function takes the size of the grid, one argument a dimension (`*size` if it takes any), and options with
+    defaults. It returns token indices `(k, m)` or `(m,)` as an array, tensor or list, -1 for an empty step, or a `Scan`.
+    Tables are cached: the function must return the same for the same arguments.
+
+    Args:
+        name: A Python identifier that does not start with an underscore.
+        modality: "image", "video", "series", ...; for `list_scans`.
+        replace: Take over a name that is taken. A function defined again in the same place may always do so.
+
+    Raises:
+        ValueError: the name is taken or is no identifier.
+
+    Example:
+        >>> @register_scan("backwards_rows", replace=True)
+        ... def backwards_rows(height, width):
+        ...     return torch.arange(height * width).flip(0)
+        >>> build_scan("both_ways(backwards_rows)", 1, 3).order.tolist()
+        [[2, 1, 0], [0, 1, 2]]
+        >>> unregister_scan("backwards_rows")
+    """
+    if not name.isidentifier() or name.startswith("_"):
+        raise ValueError(f"scan name {name!r} must be a Python identifier without a leading underscore")
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        known = SCANS.get(name)
+        if name in COMPOSITIONS or (known and not replace and _origin(known.function) != _origin(function)):
+            raise ValueError(f"the scan name {name!r} is taken; choose another, or pass replace=True to take it over")
+        SCANS[name] = _entry(function, (modality,) if isinstance(modality, str) else tuple(modality))
+        _forget_tables()
+        return function
+
+    return register
+
+
+def unregister_scan(name: str) -> None:
+    """Remove a registered scan and forget its tables."""
+    if name not in SCANS:
+        raise ValueError(_unknown(name, name))
+    del SCANS[name]
+    _forget_tables()
+
+
+def list_scans(filter: str = "*", modality: str | None = None) -> list[str]:
+    """Names of the registered scans, sorted.
+
+    Args:
+        filter: With `*` and `?` as wildcards.
+        modality: Only scans made for it; None lists all.
+    """
+    return sorted(
+        name
+        for name, entry in SCANS.items()
+        if fnmatch.fnmatch(name, filter) and (modality is None or modality in entry.modality)
+    )
+
+
+def as_spec(scan: ScanLike) -> str:
+    """A string that stands for `scan`, so that modules and configurations only ever hold a string.
+
+    Args:
+        scan: A spec such as "hilbert", "window(2)" or "both_ways(transpose(hilbert))"; a `Scan`; or a function of the
+            grid size like those of `register_scan`. An object gets a name of its own, which another process knows
+            only after it has called `as_spec` with the same object: register scans that checkpoints shall mention.
+
+    Raises:
+        ValueError: a spec that does not parse, or names an unknown scan or option.
+        TypeError: anything else.
+    """
+    if isinstance(scan, str):
+        tree = _parse(scan)
+        _resolve(tree, scan)
+        return ast.unparse(tree)
+    if isinstance(scan, Scan):
+        digest = hashlib.sha1(repr((scan.size, scan.reduce, scan.length, scan.extra)).encode())
+        digest.update(scan.order.cpu().numpy().tobytes())
+        key = f"_{_identifier(scan.name)}_{digest.hexdigest()[:10]}"
+        _anonymous.setdefault(key, ScanEntry(_fixed(scan.to("cpu")), (), None, ()))
+        return key
+    if callable(scan):
+        for key, entry in (*SCANS.items(), *_anonymous.items()):
+            if entry.function == scan:
+                return key
+        key = f"_{_identifier(getattr(scan, '__name__', type(scan).__name__))}_{next(_numbers)}"
+        _anonymous[key] = _entry(scan, ())
+        return key
+    raise TypeError(f"scan must be a name or spec, a Scan, or a function of the grid size, not {type(scan).__name__}")
+
+
+def build_scan(spec: ScanLike, *size: int, device: torch.device | str = "cpu") -> Scan:
+    """The scan that `spec` stands for, on a grid.
+
+    Args:
+        spec: Whatever `as_spec` takes.
+        *size: Of the grid, such as `14, 14`.
+        device: Of the table.
+
+    Raises:
+        ValueError: an unknown name, options or a grid that do not fit, or a table that is not sound.
+
+    Example:
+        >>> build_scan("cross", 2, 2).order.tolist()
+        [[0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0], [3, 1, 2, 0]]
+        >>> build_scan("window(2)", 14, 14)
+        Scan(window(2), size=(14, 14), k=4, m=196, l=196, sum)
+    """
+    scan = _build(as_spec(spec), tuple(map(operator.index, size)))
+    with _plain():
+        return replace(scan, order=scan.order.clone()).to(device)
+
+
+def scan_order(spec: str, size: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """The table `(k, m)` int32 for the kernels: `build_scan(spec, *size).order`, made once per grid and device.
+
+    For use in `forward`: works under `torch.compile(fullgraph=True)`, `torch.export`, `FakeTensorMode` and on "meta". A
+    compiled graph holds the table as a constant and is specialised to the grid, not to the batch. The tensor is shared:
+    do not write to it.
+
+    Args:
+        spec: From `as_spec`.
+        size: Of the grid.
+        device: Of the table.
+    """
+    # index() turns the symbolic sizes of a dynamic graph into numbers, with a guard; int() would not.
+    return _constant_table(spec, tuple(operator.index(s) for s in size), device)
+
+
+def _constant_table(spec: str, size: tuple[int, ...], device: torch.device | str) -> Tensor:
+    device = torch.device(device)
+    if _get_current_dispatch_mode() is not None:  # fake tensors or tracing: nothing made here may outlive the mode
+        return torch.from_numpy(_int32(spec, size).copy()).to(device)
+    return _table(spec, size, device)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of dynamo along with mamba_zoo.
+_constant_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=128)
+def _table(spec: str, size: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+        return torch.from_numpy(_int32(spec, size).copy()).to(device)
+
+
+@lru_cache(maxsize=64)
+def _int32(spec: str, size: tuple[int, ...]) -> np.ndarray:
+    with _plain():
+        return _build(spec, size).order.to(torch.int32).numpy()
+
+
+@lru_cache(maxsize=64)
+def _build(spec: str, size: tuple[int, ...]) -> Scan:
+    if not size or min(size) < 1:
+        raise ValueError(f"a scan needs the size of its grid, every side >= 1, not {size}; for example 14, 14")
+    tree = _parse(spec)
+    with _plain():
+        scan = _resolve(tree, spec)(size)
+        if not spec.startswith("_"):
+            scan = replace(scan, name=ast.unparse(tree))
+        check_coverage(scan)
+    return scan
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Ordinary CPU tensors within, whatever mode or default device the caller is in."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
+        yield
+
+
+def _forget_tables() -> None:
+    for cached in (_build, _int32, _table):
+        cached.cache_clear()
+
+
+def _parse(spec: str) -> ast.expr:
+    try:
+        return ast.parse(spec.strip(), mode="eval").body
+    except SyntaxError as e:
+        raise ValueError(
+            f"scan={spec!r} does not parse ({e.msg}); write a name such as 'hilbert' or a call such as 'window(2)'"
+        ) from None
+
+
+def _resolve(node: ast.expr, spec: str) -> Callable[[tuple[int, ...]], Scan]:
+    """Check names and arguments; return the function from grid size to scan."""
+    if isinstance(node, ast.Name):
+        name, arguments, keywords = node.id, [], []
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        name, arguments, keywords = node.func.id, node.args, node.keywords
+    else:
+        raise ValueError(
+            f"scan={spec!r}: {ast.unparse(node)!r} is no scan; use names, calls and literals, as in 'window(size=2)'"
+        )
+    options = {keyword.arg or "**": _literal(keyword.value, spec) for keyword in keywords}
+    if name in COMPOSITIONS:
+        composition = COMPOSITIONS[name]
+        inner = [_resolve(a, spec) for a in arguments if isinstance(a, ast.Name | ast.Call)]
+        values = [_literal(a, spec) for a in arguments[len(inner) :]]
+        if not inner:
+            raise ValueError(f"scan={spec!r}: {name} is made of other scans; write for example '{name}(raster)'")
+        _bind(composition.function, (*inner, *values), options, name, spec)
+
+        def compose(size: tuple[int, ...]) -> Scan:
+            inside = composition.inner_size(size, *values, **options)
+            return composition.function(*(build(inside) for build in inner), *values, **options)
+
+        return compose
+    entry = SCANS.get(name) or _anonymous.get(name)
+    if entry is None:
+        raise ValueError(_unknown(name, spec))
+    values = [_literal(a, spec) for a in arguments]
+    named = dict(zip(entry.options, values, strict=False))
+    if len(values) > len(entry.options) or set(options) - set(entry.options) or set(named) & set(options):
+        takes = f"takes ({', '.join(entry.options)})" if entry.options else "takes no options"
+        raise ValueError(f"scan={spec!r}: {name} {takes} after the grid size")
+    return lambda size: _call(name, entry, size, {**named, **options})
+
+
+def _call(name: str, entry: ScanEntry, size: tuple[int, ...], options: dict[str, Any]) -> Scan:
+    if entry.axes is not None and len(entry.axes) != len(size):
+        raise ValueError(f"scan {name!r} orders a grid of ({', '.join(entry.axes)}), but the size is {size}")
+    result = entry.function(*size, **options)
+    if isinstance(result, Scan):
+        scan = result.to("cpu")
+        if (scan.size or (scan.length - len(scan.extra),)) != (size if scan.size else (math.prod(size),)):
+            raise ValueError(
+                f"scan {scan.name or name!r} is for {f'size {scan.size}' if scan.size else f'{scan.length} tokens'}, "
+                f"but the grid is {size}; give a function of the size, or a name, to use it on any grid"
+            )
+        scan = replace(scan, size=size, name=scan.name or name)
+    else:
+        table = np.asarray(result.cpu() if isinstance(result, Tensor) else result)
+        if table.dtype.kind not in "iu" or table.ndim not in (1, 2):
+            raise TypeError(
+                f"scan {name!r} must return integer token indices (k, m) or (m,), "
+                f"not {table.dtype} of shape {table.shape}"
+            )
+        order = torch.from_numpy(np.array(np.atleast_2d(table), dtype=np.int64))
+        scan = Scan(order, math.prod(size), size=size, name=name)
+    check_coverage(scan)
+    return scan
+
+
+def _fixed(scan: Scan) -> Callable[..., Scan]:
+    return lambda *size: scan
+
+
+def _entry(function: Callable[..., Any], modality: tuple[str, ...]) -> ScanEntry:
+    parameters = inspect.signature(function).parameters.values()
+    axes = tuple(p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+    options = tuple(p.name for p in parameters if p.default is not p.empty)
+    any_size = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return ScanEntry(function, modality, None if any_size else axes, options)
+
+
+def _bind(function: Callable[..., Any], values: tuple[Any, ...], options: dict[str, Any], name: str, spec: str) -> None:
+    try:
+        inspect.signature(function).bind(*values, **options)
+    except TypeError as e:
+        raise ValueError(f"scan={spec!r}: {name}{inspect.signature(function)} does not fit: {e}") from None
+
+
+def _literal(node: ast.expr, spec: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise ValueError(f"scan={spec!r}: {ast.unparse(node)!r} must be a literal, such as 2 or 'middle'") from None
+
+
+def _unknown(name: str, spec: str) -> str:
+    near = difflib.get_close_matches(name, [*SCANS, *COMPOSITIONS], n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(list_scans())}"
+    if name.startswith("_"):
+        hint = "it stands for an object that this process never saw; call as_spec with the object, or register it"
+    return f"no scan named {name!r}{f' in {spec!r}' if name != spec else ''}; {hint}"
+
+
+def _identifier(text: str) -> str:
+    return re.sub(r"\W+", "_", text).strip("_") or "scan"
+
+
+def _origin(function: Callable[..., Any]) -> tuple[str, str]:
+    return getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function))
