@@ -1,0 +1,110 @@
+"""The parts a classifier is put together from: the model, what is frozen, the mixing of images, the metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+
+FREEZE = ("none", "backbone", "bn")
+
+
+def build_model(
+    name: str,
+    scan: str | None,
+    num_classes: int,
+    in_chans: int,
+    img_size: int | None,
+    pretrained: bool,
+    checkpoint_path: str | None,
+    drop_rate: float | None,
+    drop_path_rate: float | None,
+) -> nn.Module:
+    """The model, leaving to it whatever is None, tried once on an empty image.
+
+    Raises:
+        ValueError: an unknown name, or images the model cannot take.
+        FileNotFoundError: no such `checkpoint_path`.
+    """
+    import mamba_zoo
+
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained}
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    fixed = bool(cfg and cfg.fixed_input_size)
+    given = {"scan": scan, "checkpoint_path": checkpoint_path, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    options |= {key: value for key, value in given.items() if value is not None}
+    if fixed and img_size is not None:
+        options["img_size"] = img_size
+    create = getattr(mamba_zoo, "create_model", timm.create_model)
+    net = create(name, **options)
+    size = img_size or (cfg.input_size[-1] if cfg else 224)
+    try_image(net, name, in_chans, size)
+    return net
+
+
+def try_image(net: nn.Module, name: str, in_chans: int, size: int) -> None:
+    """Run one empty image through the model, so that a wrong size ends here and not in the middle of a run."""
+    was_training = net.training
+    net.eval()
+    parameter = next(net.parameters())
+    try:
+        with torch.no_grad():
+            net(parameter.new_zeros(1, in_chans, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
+        side = max(patch) if isinstance(patch, (tuple, list)) else patch
+        why = f"smaller than its patch of {side} pixels" if isinstance(side, int) and side > size else str(error)
+        raise ValueError(
+            f"{name} cannot take images of {size}x{size} pixels ({why}); give a larger data.image_size, or another model"
+        ) from error
+    finally:
+        net.train(was_training)
+
+
+def freeze_parts(net: nn.Module, mode: str) -> list[nn.Module]:
+    """Stop the gradients of what `mode` names; return the modules that must stay in evaluation mode.
+
+    Raises:
+        ValueError: unknown `mode`, or a model whose head cannot be told from its backbone.
+    """
+    if mode not in FREEZE:
+        raise ValueError(f"freeze={mode!r} is unknown; choose one of {', '.join(FREEZE)}")
+    if mode == "none":
+        return []
+    norms: list[nn.Module] = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if mode == "bn":
+        for norm in norms:
+            norm.requires_grad_(False)
+        return norms
+    head = net.get_classifier() if hasattr(net, "get_classifier") else None
+    keep = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    if not keep:
+        raise ValueError("freeze='backbone' needs a model with a classifier; this one has none")
+    for parameter in net.parameters():
+        parameter.requires_grad_(id(parameter) in keep)
+    return [net]
+
+
+def make_mixer(mixup: float, cutmix: float, label_smoothing: float, num_classes: int) -> Any:
+    """timm's mixup and cutmix, or None if both are off."""
+    if not mixup and not cutmix:
+        return None
+    from timm.data import Mixup
+
+    return Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+
+
+def classification_metrics(num_classes: int, split: str) -> MetricCollection:
+    """Top-1, top-5 where there are more than five classes, macro F1, and the expected calibration error (15 bins)."""
+    metrics: dict[str, Any] = {
+        "top1": MulticlassAccuracy(num_classes, average="micro"),
+        "f1": MulticlassF1Score(num_classes, average="macro"),
+        "ece": MulticlassCalibrationError(num_classes),
+    }
+    if num_classes > 5:
+        metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+    return MetricCollection(metrics, prefix=f"{split}/")

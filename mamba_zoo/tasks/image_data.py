@@ -1,0 +1,242 @@
+"""Images to train on: handwritten digits from scikit-learn, a folder, or a torchvision data set by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from .epochs import EpochLoader, EpochShuffle
+from .image_files import Images, Member, drop_unreadable, read_classes, split_folders, stratified_split
+from .image_transforms import Preprocess, eval_transform, train_transform
+
+_DIGITS_STATISTICS = (0.3053, 0.3760)  # of all 1,797 images, scaled to 0..1
+_DIGITS_VAL, _DIGITS_TEST = 250, 347
+
+
+class ImageData(LightningDataModule):
+    """Training, validation and test images of one source.
+
+    Args:
+        root: "digits", the 1,797 handwritten digits of 8x8 pixels that come with scikit-learn; "torchvision:NAME", a
+            data set of torchvision such as `torchvision:CIFAR10`; or a folder. A folder holds `train/` with `val/` or
+            `test/` or both, each with one folder a class; or the class folders themselves, split automatically.
+        model_name: The model to be trained: where not given, image size and statistics are the ones it expects.
+        image_size: Height and width in pixels that images are resized to. None: 8 for digits, else the model's.
+        in_chans: 1 for grey images, 3 for colour. None: 1 for digits, else 3.
+        batch_size: Images a step and device.
+        num_workers: Processes that read images; 0 reads them in the training process.
+        val_fraction: Part of the training images set apart where the source has no validation split.
+        test_fraction: Likewise for a test split.
+        split_seed: Of the automatic split.
+        train_crop: How training images are cut: "resized" takes a random part and resizes it, "padded" shifts the
+            image by up to an eighth, "none" resizes only.
+        crop_scale: Least part of the image that "resized" keeps.
+        hflip: Probability of a left-right flip.
+        color_jitter: Strength of random brightness, contrast and saturation; 0 is off. Only with "resized".
+        auto_augment: A policy of timm, such as "rand-m9-mstd0.5-inc1".
+        random_erase: Probability of erasing a random rectangle.
+        on_bad_image: "error" stops at the first unreadable file; "skip" reads all files first, leaves such files out
+            and says which.
+        download_dir: Where torchvision data sets are kept.
+
+    Raises:
+        FileNotFoundError: a missing folder, or one without images.
+        ValueError: classes that differ between splits, an unknown torchvision data set, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        root: str = "digits",
+        model_name: str | None = None,
+        image_size: int | None = None,
+        in_chans: Literal[1, 3] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.15,
+        split_seed: int = 0,
+        train_crop: Literal["resized", "padded", "none"] = "none",
+        crop_scale: float = 0.35,
+        hflip: float = 0.0,
+        color_jitter: float = 0.0,
+        auto_augment: str | None = None,
+        random_erase: float = 0.0,
+        on_bad_image: Literal["error", "skip"] = "error",
+        download_dir: str = "data",
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size={image_size} must be at least 1 pixel")
+        for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+            if not 0 < value < 0.5:
+                raise ValueError(f"{name}={value} must lie between 0 and 0.5")
+        self.save_hyperparameters()
+        self.root, self.batch_size, self.num_workers, self.split_seed = root, batch_size, num_workers, split_seed
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.on_bad_image, self.download_dir = on_bad_image, download_dir
+        self.order_seed = split_seed
+        self.preprocess = self._preprocess(model_name, image_size, in_chans)
+        self.train_transform = train_transform(
+            self.preprocess, train_crop, crop_scale, hflip, color_jitter, auto_augment, random_erase
+        )
+        self.eval_transform = eval_transform(self.preprocess)
+        self.skipped: list[Path] = []
+        self._splits: dict[str, Images] | None = None
+        self._classes: list[str] = []
+
+    def _preprocess(self, model_name: str | None, image_size: int | None, in_chans: int | None) -> Preprocess:
+        if self.root == "digits":
+            mean, std = _DIGITS_STATISTICS
+            channels = in_chans or 1
+            return Preprocess(image_size or 8, channels, (mean,) * channels, (std,) * channels)
+        return Preprocess.for_model(model_name, image_size, in_chans or 3)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of their numbers."""
+        self.setup()
+        return self._classes
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+    def split(self, name: Literal["train", "val", "test"]) -> Images:
+        """One of the three parts."""
+        self.setup()
+        assert self._splits is not None
+        return self._splits[name]
+
+    def seed_order(self, seed: int) -> None:
+        """Draw the order of the training images from `seed` from now on; the split stays as it is."""
+        self.order_seed = seed
+
+    def setup(self, stage: str | None = None) -> None:
+        """List and split the images; downloads a torchvision data set that is not there yet. Only the first call works.
+
+        Args:
+            stage: Not read; all parts are set up together.
+        """
+        if self._splits is not None:
+            return
+        if self.root == "digits":
+            parts = self._digits()
+        elif self.root.startswith("torchvision:"):
+            parts = self._torchvision(self.root.partition(":")[2])
+        else:
+            parts = self._folder(Path(self.root).expanduser())
+        mode = "L" if self.preprocess.in_chans == 1 else "RGB"
+        self._splits = {
+            name: Images(items, targets, mode, self.train_transform if name == "train" else self.eval_transform)
+            for name, (items, targets) in parts.items()
+        }
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled by seed and epoch; the last batch is dropped unless it is the only one."""
+        data = self.split("train")
+        return EpochLoader(
+            data,
+            batch_size=min(self.batch_size, len(data)),
+            sampler=EpochShuffle(len(data), self.order_seed),
+            drop_last=True,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """In order, nothing dropped."""
+        return self._eval_loader(self.split("val"))
+
+    def test_dataloader(self) -> DataLoader:
+        """In order, nothing dropped."""
+        return self._eval_loader(self.split("test"))
+
+    def _eval_loader(self, data: Dataset) -> DataLoader:
+        pin = torch.cuda.is_available()
+        return DataLoader(data, batch_size=self.batch_size, num_workers=self.num_workers, pin_memory=pin)
+
+    def _digits(self) -> dict[str, tuple[Sequence[Any], Sequence[int]]]:
+        from sklearn.datasets import load_digits
+
+        pixels, targets = load_digits(return_X_y=True)
+        images = [Image.fromarray(np.rint(p * (255 / 16)).astype(np.uint8).reshape(8, 8)) for p in pixels]
+        self._classes = [str(i) for i in range(10)]
+        return self._split(images, targets, {"test": _DIGITS_TEST, "val": _DIGITS_VAL})
+
+    def _folder(self, root: Path) -> dict[str, tuple[Sequence[Any], Sequence[int]]]:
+        folders = split_folders(root)
+        if not folders:
+            paths, targets, self._classes = read_classes(root)
+            paths, targets = self._readable(paths, targets)
+            return self._split(paths, targets, {"test": self.test_fraction, "val": self.val_fraction})
+        paths, targets, self._classes = read_classes(folders["train"])
+        parts: dict[str, tuple[Sequence[Any], Sequence[int]]] = {"train": self._readable(paths, targets)}
+        for name in ("val", "test"):
+            if name in folders:
+                parts[name] = self._readable(*read_classes(folders[name], self._classes)[:2])
+        if "val" not in parts:
+            parts |= self._split(*parts["train"], {"val": self.val_fraction})
+        parts.setdefault("test", parts["val"])
+        return parts
+
+    def _readable(self, paths: list[Path], targets: list[int]) -> tuple[list[Path], list[int]]:
+        if self.on_bad_image == "error":
+            return paths, targets
+        paths, targets, bad = drop_unreadable(paths, targets)
+        self.skipped += bad
+        if len(set(targets)) < len(self._classes):
+            empty = self._classes[min(set(range(len(self._classes))) - set(targets))]
+            raise ValueError(f"no image of the class {empty!r} can be read; {len(bad)} files were left out")
+        return paths, targets
+
+    def _torchvision(self, name: str) -> dict[str, tuple[Sequence[Any], Sequence[int]]]:
+        import torchvision
+
+        kind = getattr(torchvision.datasets, name, None)
+        known = inspect.signature(kind).parameters if isinstance(kind, type) else {}
+        if kind is None or "download" not in known or not {"train", "split"} & set(known):
+            raise ValueError(
+                f"root='torchvision:{name}' names no torchvision data set with a training split and a download, "
+                "such as torchvision:CIFAR10, torchvision:MNIST or torchvision:SVHN"
+            )
+        train, test = ({"train": True}, {"train": False}) if "train" in known else ({"split": "train"}, {"split": "test"})
+        try:
+            sets = [kind(self.download_dir, download=True, **which) for which in (train, test)]
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"could not get torchvision's {name} into {self.download_dir}: {error}; check the connection and the "
+                "free space, or put the files there"
+            ) from error
+        parts = {}
+        for part, data in zip(("train", "test"), sets, strict=True):
+            targets = next(
+                (getattr(data, key) for key in ("targets", "labels", "_labels") if hasattr(data, key)), None
+            )
+            if targets is None:
+                targets = [label for _, label in data]
+            parts[part] = ([Member(data, i) for i in range(len(targets))], [int(t) for t in targets])
+        self._classes = [str(c) for c in getattr(sets[0], "classes", sorted(set(parts["train"][1])))]
+        return parts | self._split(*parts["train"], {"val": self.val_fraction})
+
+    def _split(
+        self, items: Sequence[Any], targets: Sequence[int], sizes: dict[str, Any]
+    ) -> dict[str, tuple[Sequence[Any], Sequence[int]]]:
+        try:
+            indices = stratified_split(targets, list(sizes.values()), self.split_seed)
+        except ValueError as error:
+            raise ValueError(f"{self.root}: {error}") from None
+        return {
+            name: ([items[i] for i in index], [int(targets[i]) for i in index])
+            for name, index in zip(("train", *sizes), indices, strict=True)
+        }

@@ -1,0 +1,124 @@
+"""What every run shares: callbacks, a quiet trainer, Ctrl-C as KeyboardInterrupt, a record of each epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import logging
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from .checkpoints import write_atomically
+from .epochs import EpochSeed
+
+MONITOR = "val/top1"
+
+
+class History(Callback):
+    """One row of metrics an epoch, kept in checkpoints and in `history.csv`, so that a resumed run has all of them.
+
+    Args:
+        path: Of the CSV file; None writes none.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path, self.rows = path, []
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue after these rows."""
+        self.rows = list(state_dict["rows"])
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the epoch, and write the file anew."""
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        loss = trainer.callback_metrics.get("train/loss_epoch", trainer.callback_metrics.get("train/loss"))
+        row = {
+            "epoch": trainer.fit_loop.epoch_progress.current.processed,
+            "step": trainer.global_step,
+            "seconds": time.perf_counter() - self._started,
+            "lr": trainer.optimizers[0].param_groups[-1]["lr"],
+            **({"train/loss": float(loss)} if loss is not None else {}),
+            **found,
+        }
+        self.rows = [r for r in self.rows if r["epoch"] < row["epoch"]] + [row]
+        if self.path is not None and trainer.is_global_zero:
+            write_csv(self.path, self.rows)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as CSV with every column that occurs, in place of an older file."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def run_callbacks(out: Path, seed: int) -> tuple[list[Callback], History]:
+    """The callbacks of a resumable run in the folder `out`: `best.ckpt`, `last.ckpt`, `history.csv`."""
+    history = History(out / "history.csv")
+    # After the training epoch, validation included: a checkpoint then never holds half an epoch.
+    common: dict[str, Any] = {
+        "dirpath": out,
+        "save_on_train_epoch_end": True,
+        "auto_insert_metric_name": False,
+        "enable_version_counter": False,
+    }
+    best = ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", **common)
+    last = ModelCheckpoint(filename="last", **common)
+    return [EpochSeed(seed), history, best, last], history
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the trainer's advertisements and hints that do not apply; errors and other warnings pass."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Reading in the training process is a choice: digits are in memory, and small machines have few cores.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            # The run folder is ours and is meant to hold the files of the run that continues.
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            # A frozen part is in evaluation mode on purpose.
+            warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, resume: Path | None = None) -> None:
+    """Train, from `resume` if it is given.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once the trainer has closed its files.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    except SystemExit:  # how the trainer leaves after Ctrl-C, having disabled it
+        raise KeyboardInterrupt from None
+    finally:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,156 @@
+"""One training run from Python: what `mamba-zoo compare` repeats for every scan order and seed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import Trainer, seed_everything
+
+from .checkpoints import AtomicCheckpointIO, write_atomically
+from .classification import ImageClassifier
+from .image_data import ImageData
+from .running import fit, quiet, run_callbacks
+
+
+def train_once(
+    name: str,
+    data: ImageData,
+    out: str | Path,
+    scan: str | None = None,
+    seed: int = 0,
+    max_epochs: int = 20,
+    model: Mapping[str, Any] | None = None,
+    trainer: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train one model once and score its last weights on the test images.
+
+    The folder `out` makes the run resumable: a finished run with the same settings is read from its `metrics.json`, an
+    interrupted one continues from its `last.ckpt`, exactly as if it had not been interrupted.
+
+    Args:
+        name: Model.
+        data: Images; the same object may serve many runs.
+        out: Folder of this run.
+        scan: Scan order; None is the published one.
+        seed: Of the weights, the order of the images, augmentation and dropout.
+        max_epochs: Epochs.
+        model: Further arguments of `ImageClassifier`, such as `{"lr": 1e-3, "ema_decay": 0.999}`.
+        trainer: Further arguments of Lightning's `Trainer`, such as `{"precision": "bf16-mixed", "accelerator": "gpu"}`.
+
+    Returns:
+        `accuracy` (top-1 on the test images, 0..1), `test` (every test metric), `curve` (one dictionary an epoch, as in
+        `history.csv`), `seconds` (training alone, over all sessions of the run), `images_per_second`,
+        `peak_memory_bytes` (of the GPU; None on a CPU), `parameters`, and `settings`. Plain values, as stored.
+        Per-image results are in `test_predictions.npz`: `target`, `predicted`.
+
+    Raises:
+        ValueError: `out` holds a run with other settings, or an argument is wrong.
+        KeyboardInterrupt: after Ctrl-C; call again to continue.
+    """
+    out = Path(out)
+    settings = _plain(
+        {
+            "name": name,
+            "scan": scan,
+            "seed": seed,
+            "max_epochs": max_epochs,
+            "data": dict(data.hparams),
+            "model": dict(model or {}),
+            "trainer": dict(trainer or {}),
+        }
+    )
+    if (stored := _stored(out, settings)) is not None:
+        return stored
+    write_atomically(out / "settings.json", lambda f: f.write(json.dumps(settings, indent=1).encode()))
+    with quiet():
+        seed_everything(seed, verbose=False)
+        classifier = make_classifier(name, data, scan, model)
+        callbacks, history = run_callbacks(out, seed)
+        runner = Trainer(
+            max_epochs=max_epochs,
+            logger=False,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            **{**_TRAINER, **(trainer or {})},
+        )
+        cuda = runner.strategy.root_device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(runner.strategy.root_device)
+        data.seed_order(seed)
+        last = out / "last.ckpt"
+        fit(runner, classifier, data, last if last.exists() else None)
+        memory = torch.cuda.max_memory_allocated(runner.strategy.root_device) if cuda else None
+        started = time.perf_counter()
+        scores = runner.test(classifier, datamodule=data, verbose=False)[0]
+        test_seconds = time.perf_counter() - started
+    seconds = sum(row["seconds"] for row in history.rows)
+    images = len(data.split("train")) * len(history.rows)
+    result = {
+        "accuracy": scores["test/top1"],
+        "test": {key.removeprefix("test/"): value for key, value in scores.items()},
+        "curve": history.rows,
+        "seconds": seconds,
+        "test_seconds": test_seconds,
+        "images_per_second": images / seconds if seconds else None,
+        "peak_memory_bytes": memory,
+        "parameters": sum(p.numel() for p in classifier.net.parameters()),
+        "settings": settings,
+    }
+    if classifier.test_predictions is not None:
+        target, predicted = classifier.test_predictions
+        write_atomically(out / "test_predictions.npz", lambda f: np.savez(f, target=target, predicted=predicted))
+    result = _plain(result)
+    write_atomically(out / "metrics.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
+    return result
+
+
+_TRAINER: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "gradient_clip_val": 1.0,
+    "devices": 1,
+}
+
+
+def make_classifier(
+    name: str, data: ImageData, scan: str | None = None, model: Mapping[str, Any] | None = None
+) -> ImageClassifier:
+    """The classifier that fits `data`: its classes, channels, image size and preprocessing."""
+    return ImageClassifier(
+        name,
+        scan,
+        num_classes=data.num_classes,
+        in_chans=data.preprocess.in_chans,
+        img_size=data.preprocess.size,
+        class_names=data.classes,
+        preprocess=asdict(data.preprocess),
+        **(model or {}),
+    )
+
+
+def _stored(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished run, None if there is none; an unfinished run must at least agree."""
+    if not (out / "settings.json").exists():
+        if (out / "last.ckpt").exists():
+            raise ValueError(f"out={out} holds a run of something else; choose another folder or remove it")
+        return None
+    found = json.loads((out / "settings.json").read_text())
+    if found != settings:
+        differ = sorted(key for key in settings | found if settings.get(key) != found.get(key))
+        raise ValueError(
+            f"out={out} holds a run with other settings ({', '.join(differ)}); choose another folder or remove it"
+        )
+    return json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").exists() else None
+
+
+def _plain(value: Any) -> Any:
+    """As it will be read back from JSON."""
+    return json.loads(json.dumps(value, default=str))
