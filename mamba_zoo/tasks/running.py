@@ -31,7 +31,7 @@ class History(Callback):
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.rows = path, []
-        self._started = 0.0
+        self._started = self._seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far."""
@@ -43,6 +43,14 @@ class History(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time."""
+        self._started, self._seconds = time.perf_counter(), 0.0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock: validation is not training."""
+        self._seconds += time.perf_counter() - self._started
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start it again."""
         self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,7 +60,7 @@ class History(Callback):
         row = {
             "epoch": trainer.fit_loop.epoch_progress.current.processed,
             "step": trainer.global_step,
-            "seconds": time.perf_counter() - self._started,
+            "seconds": self._seconds + time.perf_counter() - self._started,
             "lr": trainer.optimizers[0].param_groups[-1]["lr"],
             **({"train/loss": float(loss)} if loss is not None else {}),
             **found,
@@ -100,6 +108,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             # The run folder is ours and is meant to hold the files of the run that continues.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            # Lightning's own use of torch.
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
             # A frozen part is in evaluation mode on purpose.
             warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
             yield

@@ -138,10 +138,10 @@ def make_classifier(
 
 def _stored(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The result of a finished run, None if there is none; an unfinished run must at least agree."""
-    if not (out / "settings.json").exists():
-        if (out / "last.ckpt").exists():
-            raise ValueError(f"out={out} holds a run of something else; choose another folder or remove it")
+    if not any((out / name).exists() for name in ("last.ckpt", "metrics.json")):
         return None
+    if not (out / "settings.json").exists():
+        raise ValueError(f"out={out} holds a run of something else; choose another folder or remove it")
     found = json.loads((out / "settings.json").read_text())
     if found != settings:
         differ = sorted(key for key in settings | found if settings.get(key) != found.get(key))
