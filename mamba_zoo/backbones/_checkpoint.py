@@ -13,18 +13,19 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from timm.models import PretrainedCfg, build_model_with_cfg, is_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from ._checkpoint_file import read_checkpoint, save_checkpoint
 from ._download import published_file
-from ._identify import FilterFn, blueprint, filter_of, identify, renamed
+from ._identify import FilterFn, blueprint, filter_of, identify, published_cfg, renamed
 from ._match import Match, match, unwrap, variants
 
-__all__ = ["build_model", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
+__all__ = ["build_with_weights", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
 
+Model = TypeVar("Model", bound=nn.Module)
 _logger = logging.getLogger(__name__)
 # Arguments of timm's builder that are not arguments of the model.
 _BUILDER = {"features_only", "feature_cfg", "kwargs_filter", "pretrained_model_args"}
@@ -51,7 +52,7 @@ def load_checkpoint(
         ValueError: it is not a checkpoint, or does not fit; `model` is unchanged.
     """
     if cfg is None:
-        cfg = PretrainedCfg(**getattr(model, "pretrained_cfg", {}))
+        cfg = published_cfg(model)
     try:
         state = unwrap(read_checkpoint(path))
     except ValueError as error:
@@ -60,8 +61,8 @@ def load_checkpoint(
     _load_state(model, state, os.fspath(path), filter_fn or filter_of(type(model).__module__), cfg)
 
 
-def build_model(
-    model_cls: Callable[..., nn.Module],
+def build_with_weights(
+    model_cls: Callable[..., Model],
     variant: str,
     pretrained: bool = False,
     *,
@@ -70,7 +71,7 @@ def build_model(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> Model:
     """`timm.models.build_model_with_cfg` for this package's entry points: strict weights, helpful errors.
 
     timm's own loader skips what does not fit as soon as `num_classes` changes, and reads `file` overrides through
@@ -97,7 +98,7 @@ def build_model(
     _check_arguments(variant, accepted, kwargs)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
 
-    def construct(**arguments: Any) -> nn.Module:
+    def construct(**arguments: Any) -> Model:
         model = model_cls(**arguments)
         if pretrained:
             rename = filter_fn or filter_of(model_cls.__module__)
@@ -186,7 +187,7 @@ def _has_default_sizes(model: nn.Module, name: str) -> bool:
 def _resized_or_refused(
     state: dict[str, Tensor], best: Match | None, complaint: Exception | None, source: str, name: str
 ) -> Match:
-    """`best` if it only needs a resized table and the file is no other model's; otherwise the error that says what it is."""
+    """`best` if it only needs a resized table and the file is no other model's; else the error that says what it is."""
     fits = identify(state)
     if best is not None and not best.differences and (name in fits or all(fit.resized for fit in fits.values())):
         return best

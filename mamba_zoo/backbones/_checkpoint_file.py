@@ -49,42 +49,15 @@ _MAPPINGS = (
     "yacs.config.CfgNode",
 )
 _OPAQUE = (
-    *(
-        f"builtins.{name}"
-        for name in [
-            "bool",
-            "bytes",
-            "dict",
-            "float",
-            "frozenset",
-            "getattr",
-            "int",
-            "list",
-            "object",
-            "range",
-            "slice",
-            "str",
-            "tuple",
-        ]
-    ),
-    "datetime.datetime",
-    "datetime.timedelta",
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.dtype",
-    *(
-        f"numpy.dtypes.{name}DType"
-        for name in ["Bool", "Float16", "Float32", "Float64", "Int8", "Int16", "Int32", "Int64", "UInt8", "Str"]
-    ),
-    *(
-        f"numpy.{name}"
-        for name in ["bool_", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "ndarray", "uint8"]
-    ),
+    *("builtins.bool", "builtins.bytes", "builtins.dict", "builtins.float", "builtins.frozenset", "builtins.getattr"),
+    *("builtins.int", "builtins.list", "builtins.object", "builtins.range", "builtins.slice", "builtins.str"),
+    *("builtins.tuple", "datetime.datetime", "datetime.timedelta", "mmengine.logging.history_buffer.HistoryBuffer"),
+    *("numpy.bool_", "numpy.dtype", "numpy.float16", "numpy.float32", "numpy.float64", "numpy.int16", "numpy.int32"),
+    *("numpy.int64", "numpy.int8", "numpy.ndarray", "numpy.uint8"),
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Bool", "Float16", "Float32", "Float64", "Int32", "Int64", "Str")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(
-        f"pathlib.{name}"
-        for name in ["Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"]
-    ),
-    *(f"pathlib._local.{name}" for name in ["Path", "PosixPath", "WindowsPath"]),
+    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePath", "PurePosixPath", "WindowsPath")),
+    *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath")),
 )
 _STAND_INS: list[Any] = [*((_Mapping, name) for name in _MAPPINGS), *((_Opaque, name) for name in _OPAQUE)]
 # torch keeps its allow-list in one global set, and leaving the context takes our entries out for every thread.
@@ -186,5 +159,9 @@ def save_checkpoint(obj: object, path: str | os.PathLike[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError) or "write" in str(error):
+            raise OSError(f"{path} could not be written ({_first(error)}); the disk may be full") from error
+        raise
     finally:
         part.unlink(missing_ok=True)

@@ -72,7 +72,11 @@ def _from_hub(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] |
     files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _HUB_FILES
     for filename in files:
         try:
-            return Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir))
+            return Path(
+                hf_hub_download(
+                    repo, filename, revision=revision, cache_dir=os.fspath(cache_dir) if cache_dir else None
+                )
+            )
         except Exception as error:  # the hub client raises several unrelated families of errors
             absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
             if not absent or filename == files[-1]:

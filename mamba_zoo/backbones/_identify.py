@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import timm
 from timm.models import PretrainedCfg, model_entrypoint
@@ -24,6 +25,12 @@ def zoo_models() -> list[str]:
 def blueprint(name: str) -> nn.Module:
     """The registered model `name` with its default arguments, on the meta device."""
     return timm.create_model(name, device="meta")
+
+
+def published_cfg(model: nn.Module) -> PretrainedCfg:
+    """The published configuration that timm's builder left on `model`; an empty one if it was built by hand."""
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    return PretrainedCfg(**cfg)
 
 
 def filter_of(module: str) -> FilterFn:
@@ -46,7 +53,7 @@ def identify(state: Mapping[str, Tensor]) -> dict[str, Match]:
     found: dict[str, Match] = {}
     for name in zoo_models():
         model = blueprint(name)
-        cfg, filter_fn = PretrainedCfg(**model.pretrained_cfg), filter_of(model_entrypoint(name).__module__)
+        cfg, filter_fn = published_cfg(model), filter_of(model_entrypoint(name).__module__)
         for weights in variants(state):
             try:
                 new, resized = renamed(weights, model, filter_fn)

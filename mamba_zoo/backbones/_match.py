@@ -25,21 +25,20 @@ _CONTAINERS = (
     "ema_model",
 )
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-_HOLDERS = ("model.", "backbone.", "encoder.")
+_HOLDERS = ("net.", "model.", "backbone.", "encoder.")
 # What surrounds a backbone in a detector, a segmenter or a training module. Only these may be left out of a file.
 _SURROUNDINGS = (
     "auxiliary_head.",
     "bbox_head.",
+    "confusion.",
     "criterion.",
     "data_preprocessor.",
     "decode_head.",
     "loss.",
+    "metrics.",
     "neck.",
     "roi_head.",
     "rpn_head.",
-    "test_metrics.",
-    "train_metrics.",
-    "val_metrics.",
 )
 
 
@@ -93,7 +92,9 @@ def unwrap(loaded: Any) -> dict[str, Tensor]:
         ValueError: there is none; the message says what is there instead.
     """
     while isinstance(loaded, Mapping):
-        inner = next((loaded[name] for name in _CONTAINERS if _holds_weights(loaded.get(name))), None)
+        # A run of this package that averages its weights validates the average, and stores it beside the others.
+        names = ("ema", *_CONTAINERS) if "pytorch-lightning_version" in loaded else _CONTAINERS
+        inner = next((loaded[name] for name in names if _holds_weights(loaded.get(name))), None)
         if inner is None:
             break
         loaded = inner
@@ -185,6 +186,10 @@ def match(
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _alike(theirs: Tensor, ours: Tensor) -> bool:
+    return theirs.shape == ours.shape and theirs.is_floating_point() == ours.is_floating_point()
 
 
 def _only_chans_differ(theirs: Tensor, ours: Tensor) -> bool:

@@ -1,0 +1,131 @@
+"""Token mixers: project, convolve, scan, merge the directions, gate, project back."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from ..scans import scan_order
+from ._block import LayerNorm
+from ._ssm import CausalConv1d, SelectiveSSM, resolve_dt_rank
+
+REDUCTIONS = ("sum", "mean")
+
+
+@register_notrace_module
+class Mamba(nn.Module):
+    """The Mamba mixer in k directions: every direction has its own causal convolution and state-space layer.
+
+    `k = 1` is the mixer of arXiv:2312.00752; `k = 2` over the orders "bidirectional" with `reduce="mean"` is Vim's
+    (arXiv:2401.09417). The gate multiplies every direction before they are reduced.
+
+    Args:
+        dim: Model width.
+        d_state: States n.
+        d_conv: Taps of the convolution.
+        expand: Inner width in units of `dim`.
+        dt_rank: Rank of the step projection; "auto" is one sixteenth of `dim`, rounded up.
+        k: Directions, the rows of the order that `forward` is given.
+        reduce: "sum" or "mean" over directions.
+        bias: Whether the two linear projections have a bias.
+        conv_bias: Whether the convolution has one.
+        ssm: False leaves the scan and its parameters out, so that the convolved tokens are gated and reduced.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: unknown `reduce`, or a bad `dt_rank`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        k: int = 1,
+        reduce: str = "sum",
+        bias: bool = False,
+        conv_bias: bool = True,
+        ssm: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if reduce not in REDUCTIONS:
+            raise ValueError(f"reduce={reduce!r} is unknown; choose one of {REDUCTIONS}")
+        inner = int(expand * dim)
+        self.reduce = reduce
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias, **dd)
+        self.conv = CausalConv1d(k, inner, d_conv, bias=conv_bias, **dd)
+        self.ssm = SelectiveSSM(inner, d_state, resolve_dt_rank(dt_rank, dim), k, **dd) if ssm else None
+        self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
+
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        """Tokens `(b, l, dim)`, visited by `order` `(k, m)` or `(b, k, m)`, to `(b, l, dim)`."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u = self.conv(x, order)
+        if self.ssm is None:
+            y = (u.sum(2) if self.reduce == "sum" else u.mean(2)) * F.silu(z)
+        else:
+            y = self.ssm(u, z, order, self.reduce)
+        return self.out_proj(y.to(u.dtype))
+
+
+@register_notrace_module
+class SS2D(nn.Module):
+    """The 2-D selective scan of VMamba (arXiv:2401.10166): one depthwise convolution, k directions summed, a norm.
+
+    Args:
+        dim: Model width.
+        d_state: States n.
+        ssm_ratio: Inner width in units of `dim`.
+        dt_rank: Rank of the step projection; "auto" is one sixteenth of `dim`, rounded up.
+        scan: Orders as a specification for `scans.scan_order`.
+        k: Directions of `scan`; 0 leaves the scan and its parameters out.
+        gate: Whether the normed output is multiplied by SiLU of a second projection of the input.
+        conv_bias: Whether the depthwise 3x3 convolution has a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        dt_rank: int | str = "auto",
+        scan: str = "cross",
+        k: int = 4,
+        gate: bool = False,
+        conv_bias: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        inner = int(ssm_ratio * dim)
+        self.scan, self.gate = scan, gate
+        self.in_proj = nn.Linear(dim, inner * (2 if gate else 1), bias=False, **dd)
+        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias, **dd)
+        self.ssm = SelectiveSSM(inner, d_state, resolve_dt_rank(dt_rank, dim), k, **dd) if k else None
+        self.out_norm = LayerNorm(inner, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map `(b, h, w, dim)` to one of the same shape."""
+        b, h, w, _ = x.shape
+        x = self.in_proj(x)
+        x, z = x.chunk(2, dim=-1) if self.gate else (x, None)
+        # A channels-last map seen as (b, d, h, w) is what torch calls channels_last: nothing is copied on either side.
+        u = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        if self.ssm is None:
+            y = u
+        else:
+            y = self.ssm(u.reshape(b, h * w, -1), order=scan_order(self.scan, (h, w), u.device), reduce="sum")
+            y = y.unflatten(1, (h, w))
+        y = self.out_norm(y).to(u.dtype)
+        return self.out_proj(y if z is None else y * F.silu(z))

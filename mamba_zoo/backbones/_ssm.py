@@ -1,0 +1,165 @@
+"""The selective state-space layer: per-token projections, and one scan that follows any number of directions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import causal_conv1d, selective_scan
+from ..scans import Scan, ScanLike, as_spec, build_scan
+from ._init import init_decay_, init_step_bias_, init_uniform_
+
+
+class DirectionLinear(nn.Module):
+    """One linear map per direction, without bias; its `weight` is `(k, out_features, in_features)`.
+
+    Args:
+        k: Directions.
+        in_features: Channels read.
+        out_features: Channels written.
+        device: Of the weight.
+        dtype: Of the weight.
+    """
+
+    def __init__(self, k: int, in_features: int, out_features: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(k, out_features, in_features, device=device, dtype=dtype))
+        init_uniform_(self.weight, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(b, l, in)` shared by the directions, or `(b, l, k, in)`, to `(b, l, k, out)`, possibly strided."""
+        k, out, _ = self.weight.shape
+        if x.dim() == 3:
+            return F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (k, out))
+        if k == 1:
+            return F.linear(x, self.weight[0])
+        y = torch.bmm(x.flatten(0, 1).transpose(0, 1), self.weight.transpose(1, 2))
+        return y.transpose(0, 1).unflatten(0, x.shape[:2])
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        k, out, features = self.weight.shape
+        return f"k={k}, in_features={features}, out_features={out}"
+
+
+class CausalConv1d(nn.Module):
+    """A depthwise convolution per direction, causal along the visiting order, then SiLU.
+
+    Args:
+        k: Directions; each has its own taps `weight[k]`, `(d, w)`, and `bias[k]`, `(d,)`.
+        dim: Channels d.
+        width: Taps w; the last one multiplies the present token.
+        bias: Whether there is a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(self, k: int, dim: int, width: int, bias: bool = True, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(k, dim, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(k, dim, device=device, dtype=dtype)) if bias else None
+        init_uniform_(self.weight, width)
+        if self.bias is not None:
+            init_uniform_(self.bias, width)
+
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        """Tokens `(b, l, d)` or `(b, l, k, d)` to `(b, l, k, d)`, each direction along its row of `order`."""
+        return causal_conv1d(x, self.weight, self.bias, order, activation="silu")
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        k, dim, width = self.weight.shape
+        return f"k={k}, dim={dim}, width={width}, bias={self.bias is not None}"
+
+
+class SelectiveSSM(nn.Module):
+    """Step sizes, input and output maps from the tokens, then the selective scan in k directions.
+
+    The parameters of all directions are stacked: `x_proj.weight (k, r + 2n, d)` gives the low-rank step, B and C, in
+    this order; `dt_proj.weight (k, d, r)` with `dt_bias (k, d)` the step; `A_log (k, d, n)` and `D (k, d)`. Decay
+    rates, skip weights and step biases are used in float32 whatever dtype they are kept in, through autocast as well:
+    after `model.bfloat16()` they are rounded once, and `-exp(A_log)` is still computed in float32.
+
+    Args:
+        dim: Channels d.
+        d_state: States n.
+        dt_rank: Rank r of the step projection.
+        k: Directions.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Source:
+        arXiv:2312.00752, algorithm 2.
+    """
+
+    def __init__(self, dim: int, d_state: int, dt_rank: int, k: int = 1, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.d_state, self.dt_rank = d_state, dt_rank
+        self.x_proj = DirectionLinear(k, dim, dt_rank + 2 * d_state, **dd)
+        self.dt_proj = DirectionLinear(k, dt_rank, dim, **dd)
+        self.dt_bias = nn.Parameter(torch.empty(k, dim, **dd))
+        self.A_log = nn.Parameter(torch.empty(k, dim, d_state, **dd))
+        self.D = nn.Parameter(torch.ones(k, dim, **dd))
+        init_step_bias_(self.dt_bias)
+        init_decay_(self.A_log)
+
+    def forward(
+        self, u: Tensor, z: Tensor | None = None, order: Tensor | None = None, reduce: str | None = None
+    ) -> Tensor:
+        """Scan the tokens along every direction.
+
+        Args:
+            u: Tokens `(b, l, d)` shared by the directions, or `(b, l, k, d)`.
+            z: Gate `(b, l, d)` or `(b, l, k, d)` before its SiLU.
+            order: `(k, m)` or `(b, k, m)` visiting order; None is 0..l-1.
+            reduce: None, "sum" or "mean" over directions.
+
+        Returns:
+            `(b, l, k, d)`, or `(b, l, d)` with `reduce`; float32 when the tokens are float16, whose sums over
+            directions and states overflow, otherwise in their dtype.
+        """
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return selective_scan(
+            u,
+            self.dt_proj(dt),
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            B,
+            C,
+            self.D,
+            z,
+            order,
+            self.dt_bias,
+            dt_softplus=True,
+            reduce=reduce,
+            out_dtype=torch.float32 if B.dtype == torch.float16 else None,
+        )
+
+
+def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
+    """`dt_rank`, or for "auto" one sixteenth of the model width, rounded up.
+
+    Raises:
+        ValueError: another string, or a rank below 1.
+    """
+    if dt_rank == "auto":
+        return -(-dim // 16)
+    if isinstance(dt_rank, str) or dt_rank < 1:
+        raise ValueError(f"dt_rank={dt_rank!r} must be 'auto' or at least 1")
+    return dt_rank
+
+
+def resolve_scan(scan: ScanLike) -> tuple[str, int]:
+    """A `scan=` argument as a specification for `scans.scan_order`, and its number of directions.
+
+    "none" stands for no scan at all, and has 0 directions.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: no name, `Scan` or function.
+    """
+    if isinstance(scan, str) and scan == "none":
+        return scan, 0
+    spec = as_spec(scan)
+    return spec, scan.k if isinstance(scan, Scan) else build_scan(spec, 8, 8).k
