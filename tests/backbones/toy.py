@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import types
+from typing import Any
 
 import timm
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from timm.models import _registry, generate_default_cfgs, register_model
 from torch import nn
 
-from mamba_zoo.backbones._checkpoint import build_model
+from mamba_zoo.backbones._checkpoint import build_with_weights
 
 
 class Toy(nn.Module):
@@ -18,7 +19,7 @@ class Toy(nn.Module):
 
     def __init__(self, in_chans=3, num_classes=5, dim=8, img_size=8, global_pool="avg", device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dim
         self.global_pool = global_pool
         self.stem = nn.Conv2d(in_chans, dim, 4, 4, **dd)
@@ -50,13 +51,13 @@ def _family(module_name, models):
     module = types.ModuleType(f"mamba_zoo.backbones.{module_name}")
     sys.modules[module.__name__] = module
     source = {"input_size": (3, 8, 8), "num_classes": 5, "first_conv": "stem", "classifier": "head"}
-    module.default_cfgs = generate_default_cfgs({name: {**source, "url": "http://127.0.0.1:9/x"} for name in models})
-    module.checkpoint_filter_fn = checkpoint_filter_fn
+    cfgs = generate_default_cfgs({name: {**source, "url": "http://127.0.0.1:9/x.pth"} for name in models})
+    vars(module).update(default_cfgs=cfgs, checkpoint_filter_fn=checkpoint_filter_fn)
     for name, settings in models.items():
 
         def entry(pretrained=False, _name=name, _settings=settings, **kwargs):
             arguments = {**_settings, **kwargs}
-            return build_model(Toy, _name, pretrained, filter_fn=checkpoint_filter_fn, **arguments)
+            return build_with_weights(Toy, _name, pretrained, filter_fn=checkpoint_filter_fn, **arguments)
 
         entry.__name__, entry.__module__ = name, module.__name__
         register_model(entry)
