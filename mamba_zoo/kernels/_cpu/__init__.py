@@ -1,4 +1,20 @@
-"""Being built."""
+"""Float32 loops for the CPU, compiled by numba at first use and cached on disk."""
 
-def refuse(device, dtype):
-    return "not built yet"
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse(device: str, dtype: torch.dtype) -> str | None:
+    """None if this backend serves `dtype` on `device`, else why not."""
+    if device != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    if dtype not in DTYPES:
+        return f"it computes in float32, so {str(dtype).removeprefix('torch.')} is left to the reference"
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed (pip install numba)"
+    return None

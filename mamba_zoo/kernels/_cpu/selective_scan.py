@@ -1,0 +1,89 @@
+"""The selective scan on the CPU: float32 loops compiled by numba, several threads.
+
+Half-precision tensors are converted by torch before and after. Deterministic: every work item owns what it writes, and
+how work is cut depends on the shapes alone, so any number of threads gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._scan_args import ScanArgs
+from ._scan_forward import TILE, kernel as forward_kernel, scratch_floats
+from ._simd import W
+
+
+def saved_shape(s: ScanArgs) -> tuple[int, ...]:
+    """The state before every tile of steps: `(b, k, tiles, blocks of channels, n, lanes)`."""
+    return s.b, s.k, _tiles(s), _blocks(s), s.n, W
+
+
+def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`(y, final state if wanted, states at tile starts if `save`)`; see `ScanArgs` for the shapes."""
+    u, dt, B, C, z = _tokens(s)
+    make = torch.empty if s.complete else torch.zeros
+    y = make(s.y_shape, dtype=torch.float32)
+    final = s.new_state() if want_final else None
+    saved = torch.empty(saved_shape(s)) if save else None
+    reduced = s.reduce != "none"
+    split = not reduced or s.k == 1
+    kept = [_plain(x) for x in (s.A, s.D, s.dt_bias, s.initial_state)]
+    A, D, bias, initial = kept
+    zeros = torch.zeros(s.n)
+    forward_kernel(
+        items=s.states * _blocks(s) * (s.k if split else 1),
+        scratch_floats=scratch_floats(s.n),
+        rows=s.states, blocks=_blocks(s), split=split, k=s.k, d=s.d, n=s.n, m=s.m, softplus=s.dt_softplus,
+        mean=s.reduce == "mean", add=reduced, complete=s.complete, tiles=_tiles(s),
+        A=address(A), D=address(D), bias=address(bias), initial=address(initial), final=address(final),
+        saved=address(saved), zeros=address(zeros), order=address(s.order), offsets=address(s.offsets),
+        order_b=0 if s.order.shape[0] == 1 else 4 * s.order.stride(0),
+        **rows("u", u), **rows("dt", dt), **rows("z", z), **rows("B", B), **rows("C", C), **rows("y", y),
+    )  # fmt: skip
+    return y.to(s.out_dtype), final, saved
+
+
+def address(x: Tensor | None) -> int:
+    """Of the first element; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def rows(name: str, x: Tensor | None) -> dict[str, int]:
+    """Address and strides in bytes of `(b, l, c)` or `(b, l, k, c)`; directions that share rows have stride 0."""
+    if x is None:
+        return {name: 0, f"{name}_b": 0, f"{name}_l": 0, f"{name}_k": 0}
+    b, l, *k, _ = (x.element_size() * stride for stride in x.stride())
+    return {name: x.data_ptr(), f"{name}_b": b, f"{name}_l": l, f"{name}_k": k[0] if k else 0}
+
+
+def _tokens(s: ScanArgs) -> list[Tensor | None]:
+    """u, dt, B, C, z in float32, each token's channels next to each other."""
+    return [_plain_rows(x) for x in (s.u, s.dt, s.B, s.C, s.z)]
+
+
+def _plain_rows(x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    x = x.detach().float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _plain(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float().contiguous()
+
+
+def _blocks(s: ScanArgs) -> int:
+    return -(-s.d // W)
+
+
+def _tiles(s: ScanArgs) -> int:
+    """Enough for every row: sequence i of a packed batch starts at tile `first step // TILE + i`."""
+    return s.m // TILE + (1 if s.offsets is None else s.states)
+
+
+def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> dict[str, Tensor]:
+    """Gradients of all inputs that are given, by their names."""
+    from .._reference.selective_scan import backward as slow
+
+    return slow(s, dy, dfinal, saved)
