@@ -49,8 +49,8 @@ def register_scan(
     """Decorator: give a scan a name, usable wherever a scan is expected.
 
     The function takes the size of the grid, one argument a dimension (`*size` if it takes any), and options with
-    defaults. It returns token indices `(k, m)` or `(m,)` as an array, tensor or list, -1 for an empty step, or a `Scan`.
-    Tables are cached: the function must return the same for the same arguments.
+    defaults. It returns token indices `(k, m)` or `(m,)` as an array, tensor or list, -1 for an empty step; or a
+    `Scan`. Tables are cached: the function must return the same for the same arguments.
 
     Args:
         name: A Python identifier that does not start with an underscore.

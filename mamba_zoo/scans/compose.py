@@ -84,7 +84,7 @@ def transpose(scan: Scan, axes: Sequence[int] | None = None) -> Scan:
     """
     if not scan.size or scan.extra:
         raise ValueError(
-            f"transpose needs a scan of a plain grid, not {scan!r}; put with_token outside: with_token(transpose(...), ...)"
+            f"transpose needs a scan of a plain grid, not {scan!r}; add a token afterwards: with_token(transpose(...))"
         )
     axes = _axes(len(scan.size), axes)
     size = [0] * len(axes)

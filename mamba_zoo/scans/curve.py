@@ -70,14 +70,14 @@ def _hilbert_steps(length: int, depth: int, known: dict[tuple[int, int], np.ndar
     elif 2 * length > 3 * depth:
         cut = _even_half(length)
         steps = np.concatenate(
-            [_hilbert_steps(cut, depth, known), _hilbert_steps(length - cut, depth, known) + (cut, 0)]
+            [_hilbert_steps(cut, depth, known), np.add(_hilbert_steps(length - cut, depth, known), (cut, 0))]
         )
     else:
         # Away along the near part, along the far part, and back along the near part.
         cut, far = _even_half(length), _even_half(depth)
         away = _hilbert_steps(far, cut, known)[:, ::-1]
-        along = _hilbert_steps(length, depth - far, known) + (0, far)
-        back = (length - 1, far - 1) - _hilbert_steps(far, length - cut, known)[:, ::-1]
+        along = np.add(_hilbert_steps(length, depth - far, known), (0, far))
+        back = np.subtract((length - 1, far - 1), _hilbert_steps(far, length - cut, known)[:, ::-1])
         steps = np.concatenate([away, along, back])
     known[length, depth] = steps
     return steps

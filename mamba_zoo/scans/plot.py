@@ -49,6 +49,7 @@ def plot_scan(
     rows = -(-scan.k // columns)
     if title is None:
         title = f"{scan.name}, {' x '.join(map(str, scan.size))}" if scan.size else scan.name
+    cell = min(72 * panel / (width + 1), 16.0)  # points; markers and lines follow it
     tall = panel * min(max(height / width, 0.15), 4)
     heading = 0.35 if title else 0.0
     figure = Figure(figsize=(columns * panel, rows * (tall + 0.25) + heading), layout="constrained")
@@ -59,7 +60,7 @@ def plot_scan(
             continue
         visited = scan.order[direction].cpu().numpy()
         steps = np.flatnonzero((visited >= 0) & (places[visited, 0] >= 0))
-        _panel(axes, places, visited[steps], steps, scan.m, (height, width), colormap)
+        _panel(axes, places, visited[steps], steps, scan.m, (height, width), cell, colormap)
         if scan.k > 1:
             axes.set_title(f"direction {direction}", fontsize=8)
     if title:
@@ -91,13 +92,13 @@ def _panel(
     steps: np.ndarray,
     m: int,
     size: tuple[int, int],
+    cell: float,
     colormap: str,
 ) -> None:
     from matplotlib.collections import LineCollection
 
     height, width = size
     never = np.setdiff1d(np.flatnonzero(places[:, 0] >= 0), tokens)
-    cell = 72 * axes.get_figure(root=True).get_size_inches()[0] / axes.get_gridspec().ncols / (width + 1)
     axes.scatter(*places[never].T[::-1], s=(0.5 * cell) ** 2, marker="s", color="0.88", linewidths=0)
     points = places[tokens][:, ::-1].astype(float)
     if len(points) > 1:

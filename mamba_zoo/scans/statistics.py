@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from .core import Scan
 
@@ -64,5 +65,6 @@ def _neighbours(scan: Scan) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(one), np.concatenate(other)
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: npt.ArrayLike) -> float:
+    values = np.asarray(values)
     return float(values.mean()) if values.size else 0.0
