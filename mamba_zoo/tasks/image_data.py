@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ class ImageData(LightningDataModule):
         for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < value < 0.5:
                 raise ValueError(f"{name}={value} must lie between 0 and 0.5")
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
         self.root, self.batch_size, self.num_workers, self.split_seed = root, batch_size, num_workers, split_seed
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.on_bad_image, self.download_dir = on_bad_image, download_dir
@@ -111,6 +112,21 @@ class ImageData(LightningDataModule):
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.classes)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.preprocess.in_chans
+
+    @property
+    def image_size(self) -> int:
+        """Height and width the model sees, in pixels."""
+        return self.preprocess.size
+
+    @property
+    def preprocess_values(self) -> dict[str, Any]:
+        """The preprocessing as plain values, for checkpoints."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.preprocess).items()}
 
     def split(self, name: Literal["train", "val", "test"]) -> Images:
         """One of the three parts."""

@@ -108,8 +108,9 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             # The run folder is ours and is meant to hold the files of the run that continues.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-            # Lightning's own use of torch.
+            # Lightning's own use of torch and jsonargparse.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+            warnings.filterwarnings("ignore", message=r"(?s).*(JsonargparseDeprecationWarning|instantiate_classes)")
             # A frozen part is in evaluation mode on purpose.
             warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
             yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +127,10 @@ def make_classifier(
         name,
         scan,
         num_classes=data.num_classes,
-        in_chans=data.preprocess.in_chans,
-        img_size=data.preprocess.size,
+        in_chans=data.in_chans,
+        img_size=data.image_size,
         class_names=data.classes,
-        preprocess=asdict(data.preprocess),
+        preprocess=data.preprocess_values,
         **(model or {}),
     )
 

@@ -1,0 +1,116 @@
+"""What a run says while it trains and when it ends: lines, a table, pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
+from rich.console import Console
+from rich.table import Table
+
+from .checkpoints import write_atomically
+from .running import MONITOR, History
+
+
+def progress_bar() -> list[Callback]:
+    """A bar on a terminal; elsewhere nothing, since `EpochLines` speaks."""
+    return [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
+
+
+class EpochLines(Callback):
+    """One line an epoch, for logs and pipes; silent where a progress bar is shown."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Without a bar of ours, without any."""
+        self.active = not sys.stdout.isatty() and trainer.is_global_zero
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the newest row of the history."""
+        history = next((c for c in trainer.callbacks if isinstance(c, History)), None)
+        if not self.active or history is None or not history.rows:
+            return
+        row = history.rows[-1]
+        parts = [f"epoch {row['epoch']}/{trainer.max_epochs}"]
+        parts += [f"{key} {row[key]:.4f}" for key in ("train/loss", "val/loss", MONITOR) if key in row]
+        sys.stdout.write("  ".join([*parts, f"{row['seconds']:.1f} s"]) + "\n")
+        sys.stdout.flush()
+
+
+def print_summary(out: Path, rows: Sequence[dict[str, Any]], model: Any, data: Any) -> None:
+    """The learning curves as `curves.png`, and a table of the run on the terminal."""
+    plot_curves(rows, out / "curves.png")
+    best = max(rows, key=lambda row: row.get(MONITOR, float("-inf")))
+    seconds = sum(row["seconds"] for row in rows)
+    count = len(data.split("train"))
+    table = Table(title=f"{model.name} on {data.root}", show_header=False, title_justify="left")
+    table.add_row("parameters", f"{sum(p.numel() for p in model.net.parameters()):,}")
+    table.add_row("images", ", ".join(f"{len(data.split(s)):,} {s}" for s in ("train", "val", "test")))
+    if data.skipped:
+        table.add_row("left out", f"{len(data.skipped)} unreadable files, the first is {data.skipped[0]}")
+    table.add_row("training", f"{len(rows)} epochs, {seconds:.1f} s, {count * len(rows) / max(seconds, 1e-9):,.0f} images/s")
+    if MONITOR in best:
+        table.add_row("best epoch", f"{best['epoch']}, top-1 {best[MONITOR]:.4f} on the validation images")
+    table.add_row("files", f"{out}: best.ckpt, last.ckpt, history.csv, curves.png")
+    table.add_row("next", f"mamba-zoo test --checkpoint {out}")
+    Console().print(table, soft_wrap=True)
+
+
+def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss and accuracy by epoch as a PNG."""
+    figure = _figure((8, 3.2))
+    left, right = figure.subplots(1, 2)
+    for axis, keys in ((left, ("train/loss", "val/loss")), (right, ("val/top1", "val/f1"))):
+        for key in keys:
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None, label=key)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    left.set_ylabel("loss")
+    right.set_ylabel("score on the validation images")
+    _save(figure, path)
+
+
+def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """True classes as rows, predicted ones as columns, each row as parts of its class.
+
+    Args:
+        counts: `(classes, classes)` images.
+        names: Of the classes.
+        path: Of the PNG.
+    """
+    side = min(4 + 0.3 * len(names), 24)
+    figure = _figure((side, side))
+    axis = figure.subplots()
+    parts = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axis.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    if len(names) <= 60:
+        axis.set_xticks(range(len(names)), names, rotation=90)
+        axis.set_yticks(range(len(names)), names)
+    if len(names) <= 20:
+        for i, j in np.argwhere(counts):
+            color = "white" if parts[i, j] > 0.5 else "black"
+            axis.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=color, fontsize=8)
+    _save(figure, path)
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    # The object interface: no window system is asked for and no global state is touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
