@@ -17,6 +17,7 @@ from timm.models import split_model_name_tag
 from torch import nn
 
 from . import backbones
+from .backbones._identify import published_cfg
 from .backbones._register import Card, card, cards
 
 
@@ -66,6 +67,8 @@ def create_model(
         near = difflib.get_close_matches(name, list(cards()), n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see mamba_zoo.list_models()"
         raise ValueError(f"no model named {name!r}; {hint}")
+    if "out_indices" in kwargs and not kwargs.get("features_only"):
+        raise TypeError("out_indices= needs features_only=True")
     if checkpoint_path is None:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     if pretrained:
@@ -174,7 +177,7 @@ def _count(name: str) -> dict[str, Any]:
 
     model = timm.create_model(name, device="meta").eval()
     counted: dict[str, Any] = {"counted_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    size = model.pretrained_cfg.get("input_size")
+    size = published_cfg(model).input_size
     if size is not None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.empty(1, *size, device="meta"))

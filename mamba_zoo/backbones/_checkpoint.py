@@ -12,7 +12,7 @@ import difflib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from timm.models import PretrainedCfg, build_model_with_cfg, is_model, resolve_pretrained_cfg
@@ -38,6 +38,7 @@ def load_checkpoint(
     filter_fn: FilterFn | None = None,
     *,
     cfg: PretrainedCfg | None = None,
+    unused: Collection[str] = (),
 ) -> None:
     """Load a published or own checkpoint into `model`, whole or not at all.
 
@@ -46,6 +47,7 @@ def load_checkpoint(
         path: File of `torch.save` or safetensors; see `read_checkpoint`.
         filter_fn: `(state_dict, model) -> state_dict` under the model's names; the one of the model's family if None.
         cfg: The published configuration; `model.pretrained_cfg` if None.
+        unused: Names of weights that the caller will drop from the model; the file need not have them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,7 +60,7 @@ def load_checkpoint(
     except ValueError as error:
         text = str(error)
         raise ValueError(text if os.fspath(path) in text else f"{path} cannot be loaded: {text}") from error
-    _load_state(model, state, os.fspath(path), filter_fn or filter_of(type(model).__module__), cfg)
+    _load_state(model, state, os.fspath(path), filter_fn or filter_of(type(model).__module__), cfg, unused)
 
 
 def build_with_weights(
@@ -97,27 +99,39 @@ def build_with_weights(
     accepted = list(inspect.signature(model_cls).parameters)
     _check_arguments(variant, accepted, kwargs)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
+    feature_cfg = dict(kwargs.pop("feature_cfg", {}))  # timm fills it in
+    taps = kwargs.get("out_indices", feature_cfg.get("out_indices")) if kwargs.get("features_only") else None
 
     def construct(**arguments: Any) -> Model:
         model = model_cls(**arguments)
         if pretrained:
             rename = filter_fn or filter_of(model_cls.__module__)
+            unused = () if taps is None else _unused_for_features(model_cls, arguments, taps)
             if cfg.state_dict:
-                _load_state(model, unwrap(cfg.state_dict), "the given state_dict", rename, cfg)
+                _load_state(model, unwrap(cfg.state_dict), "the given state_dict", rename, cfg, unused)
             else:
-                load_checkpoint(model, published_file(variant, cfg, cache_dir), rename, cfg=cfg)
+                load_checkpoint(model, published_file(variant, cfg, cache_dir), rename, cfg=cfg, unused=unused)
         return model
 
-    if "feature_cfg" in kwargs:
-        kwargs["feature_cfg"] = dict(kwargs["feature_cfg"])  # timm fills it in
     return build_model_with_cfg(
         construct,
         variant,
         False,
         pretrained_cfg=pretrained_cfg,  # type: ignore[arg-type]
         pretrained_cfg_overlay=pretrained_cfg_overlay,
+        feature_cfg=feature_cfg,
         **kwargs,
     )
+
+
+def _unused_for_features(model_cls: Callable[..., nn.Module], arguments: dict[str, Any], taps: Any) -> set[str]:
+    """Weights that timm's feature wrapper drops: published detection backbones have neither final norm nor head."""
+    model = model_cls(**{**arguments, "device": "meta"})
+    everything = set(model.state_dict())
+    prune: Any = getattr(model, "prune_intermediate_layers", None)
+    if prune is not None:
+        prune(taps, prune_norm=True, prune_head=True)
+    return everything - set(model.state_dict())
 
 
 def _check_arguments(variant: str, accepted: list[str], given: Mapping[str, Any]) -> None:
@@ -133,7 +147,12 @@ def _check_arguments(variant: str, accepted: list[str], given: Mapping[str, Any]
 
 
 def _load_state(
-    model: nn.Module, state: dict[str, Tensor], source: str, filter_fn: FilterFn, cfg: PretrainedCfg
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    filter_fn: FilterFn,
+    cfg: PretrainedCfg,
+    unused: Collection[str],
 ) -> None:
     """Check everything, then copy; the model changes only once nothing can fail any more."""
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -150,7 +169,7 @@ def _load_state(
         except (ValueError, KeyError, IndexError, RuntimeError) as error:
             complaint = complaint or error
             continue
-        found = match(new, model, cfg, new_classes, new_chans)
+        found = match(new, model, cfg, new_classes, new_chans, unused)
         found.resized = resized
         if best is None or found.differences < best.differences:
             best = found

@@ -35,7 +35,7 @@ def published_file(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[s
     if cfg.hf_hub_id:
         return _from_hub(name, cfg, cache_dir)
     if not cfg.url:
-        where = f"; the authors' page is {cfg.origin_url}" if cfg.origin_url else ""
+        where = f" (source: {cfg.origin_url})" if cfg.origin_url else ""
         raise ValueError(
             f"pretrained=True: no address is known from which the weights of {name} can be downloaded directly{where}. "
             "Pass the file as checkpoint_path="
@@ -68,6 +68,7 @@ def _from_hub(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] |
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    folder = None if cache_dir is None else Path(cache_dir)
     repo, revision = hf_split(str(cfg.hf_hub_id))
     files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _HUB_FILES
     for filename in files:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,6 +137,7 @@ def match(
     cfg: PretrainedCfg,
     new_classes: bool = False,
     new_chans: bool = False,
+    unused: Collection[str] = (),
 ) -> Match:
     """Compare `state`, already under the model's names, with `model`; nothing is copied.
 
@@ -146,6 +147,7 @@ def match(
         cfg: Names the classifier and the first convolution.
         new_classes: The classifier may differ in its number of rows, or be absent on either side.
         new_chans: The first convolution may differ in its number of input channels.
+        unused: Names in the model that nobody will read; they may be absent from the file.
 
     Returns: The comparison; the file fits if `differences` is 0.
     """
@@ -167,6 +169,8 @@ def match(
         elif new_classes and is_head and (theirs is None or theirs.shape[1:] == ours.shape[1:]):
             found.values[name] = ours
             kept.append(name)
+        elif name in unused:
+            found.values[name] = ours
         elif theirs is None:
             found.missing.append(name)
         elif new_chans and name in first_conv and _only_chans_differ(theirs, ours):
