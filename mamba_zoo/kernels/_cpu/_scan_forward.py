@@ -39,7 +39,7 @@ FIELDS = (
     "rows", "blocks", "split", "k", "d", "n", "m", "softplus", "mean", "add", "complete", "tiles",
     "u", "u_b", "u_l", "u_k", "dt", "dt_b", "dt_l", "dt_k", "z", "z_b", "z_l", "z_k",
     "B", "B_b", "B_l", "B_k", "C", "C_b", "C_l", "C_k", "A", "D", "bias",
-    "order", "order_b", "offsets", "initial", "final", "saved", "y", "y_b", "y_l", "y_k", "zeros",
+    "order", "order_b", "order_k", "offsets", "initial", "final", "saved", "y", "y_b", "y_l", "y_k", "zeros",
 )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def scan(pointer, scratch):
             read_states(A, a.A + channel * 4 * n, n, count, np.float32(LOG2E))
             bias = read(a.bias + 4 * channel, count) if a.bias else zeros()
             skip = read(a.D + 4 * channel, count) if a.D else zeros()
-            visits = a.order + sample * a.order_b + direction * 4 * m
+            visits = a.order + sample * a.order_b + direction * a.order_k
             u = tokens_u + sample * a.u_b + direction * a.u_k + 4 * c
             dt = tokens_dt + sample * a.dt_b + direction * a.dt_k + 4 * c
             z = a.z + sample * a.z_b + direction * a.z_k + 4 * c

@@ -37,8 +37,8 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
         rows=s.states, blocks=_blocks(s), split=split, k=s.k, d=s.d, n=s.n, m=s.m, softplus=s.dt_softplus,
         mean=s.reduce == "mean", add=reduced, complete=s.complete, tiles=_tiles(s),
         A=address(A), D=address(D), bias=address(bias), initial=address(initial), final=address(final),
-        saved=address(saved), zeros=address(zeros), order=address(s.order), offsets=address(s.offsets),
-        order_b=0 if s.order.shape[0] == 1 else 4 * s.order.stride(0),
+        saved=address(saved), zeros=address(zeros), offsets=address(s.offsets),
+        **visits(s.order),
         **rows("u", u), **rows("dt", dt), **rows("z", z), **rows("B", B), **rows("C", C), **rows("y", y),
     )  # fmt: skip
     return y.to(s.out_dtype), final, saved
@@ -55,6 +55,12 @@ def rows(name: str, x: Tensor | None) -> dict[str, int]:
         return {name: 0, f"{name}_b": 0, f"{name}_l": 0, f"{name}_k": 0}
     b, l, *k, _ = (x.element_size() * stride for stride in x.stride())
     return {name: x.data_ptr(), f"{name}_b": b, f"{name}_l": l, f"{name}_k": k[0] if k else 0}
+
+
+def visits(order: Tensor) -> dict[str, int]:
+    """Address and strides in bytes of the table `(1 | b, k, m)`, whose rows may be one row expanded."""
+    b, k, _ = order.stride()
+    return {"order": order.data_ptr(), "order_b": 0 if len(order) == 1 else 4 * b, "order_k": 4 * k}
 
 
 def _tokens(s: ScanArgs) -> list[Tensor | None]:
