@@ -1,5 +1,6 @@
 """Architectures, each registered with timm when this package is imported."""
 
-from . import vmamba
+from . import mamba, vim, vmamba
+from ._register import Card, card, cards
 
-__all__ = ["vmamba"]
+__all__ = ["Card", "card", "cards", "mamba", "vim", "vmamba"]

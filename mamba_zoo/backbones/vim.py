@@ -6,7 +6,6 @@ Follows the arithmetic of hustvl/Vim@dd0358ad1e42 vim/models_mamba.py (Apache-2.
 from __future__ import annotations
 
 import math
-import warnings
 from functools import partial
 from typing import Any
 
@@ -20,12 +19,12 @@ from ._block import AddNormBlock, RMSNorm
 from ._embed import PatchEmbed, check_image, insert_token, resample_positions
 from ._keys import Key, rename
 from ._mixer import Mamba
-from ._register import Card, image_cfg
+from ._register import Card, build_model, image_cfg, register
 from ._ssm import resolve_scan
 
 
 class Vim(Tokens):
-    """Vim with "bimamba v2" mixers: each direction has its own convolution and state-space layer, and they are averaged.
+    """Vim with its "bimamba v2" mixers: a convolution and a state-space layer per direction, and their mean.
 
     The class token stands at index `M // 2` of the `M` patches. Images of any size are taken: the position embedding is
     resampled from the grid of `img_size`, the class token's entry apart. The residual stream is float32.
@@ -168,20 +167,72 @@ KEYS = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """A published state dict in our names, its position embedding resampled, with a warning, if the grid is another."""
+    """A published state dict in our names, its position embedding resampled if the model's patch grid is another."""
     state = rename(state_dict.get("model", state_dict), KEYS)
     positions = state.get("pos_embed")
-    if positions is not None and isinstance(model, Vim) and positions.shape != model.pos_embed.shape:
+    if positions is not None and isinstance(model, Vim) and positions.shape[1] != model.pos_embed.shape[1]:
         side = math.isqrt(positions.shape[1] - 1)
         if side * side + 1 == positions.shape[1]:
-            warnings.warn(
-                f"position embedding of the checkpoint resampled from {side} x {side} patches to "
-                f"{model.grid[0]} x {model.grid[1]}, those of img_size and stride",
-                stacklevel=2,
-            )
             state["pos_embed"] = resample_positions(positions, (side, side), model.grid)
     return state
 
 
-_card = partial(Card, "image", "hustvl/Vim@dd0358ad1e42 vim/models_mamba.py", "Apache-2.0", "2401.09417")
 _CFG = image_cfg("patch_embed.proj", "head")
+
+
+def _vim(size: str, file: str, params: int, top1: float, drop_path: float | None) -> Card:
+    return Card(
+        "image",
+        "hustvl/Vim@dd0358ad1e42 vim/models_mamba.py",
+        "Apache-2.0",
+        "2401.09417",
+        params,
+        top1=top1,
+        drop_path=drop_path,
+        checkpoint=file,
+        url=f"https://huggingface.co/hustvl/Vim-{size}-midclstok/resolve/main/{file}",
+    )
+
+
+def _build(name: str, pretrained: bool, **kwargs: Any) -> Vim:
+    return build_model(Vim, name, pretrained, checkpoint_filter_fn, out_indices=(-4, -3, -2, -1), **kwargs)
+
+
+@register(_vim("tiny", "vim_t_midclstok_76p1acc.pth", 7_148_008, 76.1, 0.0), tag="in1k", **_CFG)
+def vim_tiny(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-Ti: 7 M parameters, 76.1 % ImageNet-1k top-1 at 224 (official README)."""
+    return _build("vim_tiny", pretrained, **{"dim": 192, **kwargs})
+
+
+@register(_vim("small", "vim_s_midclstok_80p5acc.pth", 25_796_584, 80.5, 0.05), tag="in1k", **_CFG)
+def vim_small(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S: 26 M parameters, 80.5 % ImageNet-1k top-1 at 224 (official README)."""
+    return _build("vim_small", pretrained, **{"dim": 384, **kwargs})
+
+
+@register(_vim("base", "vim_b_midclstok_81p9acc.pth", 97_598_440, 81.9, None), tag="in1k", **_CFG)
+def vim_base(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-B: 98 M parameters, 81.9 % ImageNet-1k top-1 at 224 (official README)."""
+    return _build("vim_base", pretrained, **{"dim": 768, **kwargs})
+
+
+@register(_vim("tiny", "vim_t_midclstok_ft_78p3acc.pth", 7_250_344, 78.3, None), tag="in1k", **_CFG)
+def vim_tiny_stride8(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-Ti+, overlapping patches: 7 M parameters, 78.3 % ImageNet-1k top-1 at 224 (official README)."""
+    return _build("vim_tiny_stride8", pretrained, **{"dim": 192, "stride": 8, **kwargs})
+
+
+@register(_vim("small", "vim_s_midclstok_ft_81p6acc.pth", 26_001_256, 81.6, None), tag="in1k", **_CFG)
+def vim_small_stride8(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S+, overlapping patches: 26 M parameters, 81.6 % ImageNet-1k top-1 at 224 (official README)."""
+    return _build("vim_small_stride8", pretrained, **{"dim": 384, "stride": 8, **kwargs})
+
+
+@register(
+    Card("image", "mamba_zoo", "Apache-2.0", "2401.09417", drop_path=0.1, notes="Not published: for small images."),
+    **image_cfg("patch_embed.proj", "head", size=32, crop_pct=1.0),
+)
+def vim_mini(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """A small Vim of our own for images of 8 to 64 pixels: patches of 2, eight blocks, 0.3 M parameters."""
+    args = {"img_size": 32, "patch_size": 2, "dim": 64, "depth": 8, "d_state": 8, **kwargs}
+    return _build("vim_mini", pretrained, **args)

@@ -257,11 +257,11 @@ def vmamba_base_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
         "Apache-2.0",
         "2401.10166",
         drop_path=0.1,
-        notes="Not published: small images, demos and tests.",
+        notes="Not published: for small images.",
     ),
     **image_cfg("stem.conv1", "head.fc", size=32, pool_size=(4, 4), crop_pct=1.0),
 )
 def vmamba_mini(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """A small VMamba of our own for images of 8 to 64 pixels: patches of 2, three stages, 0.4 M parameters."""
-    args = {"depths": (2, 2, 2), "dims": 32, "mlp_ratio": 2.0, "patch_size": 2, "out_indices": (0, 1, 2), **kwargs}
-    return _build("vmamba_mini", pretrained, **args)
+    args = {"depths": (2, 2, 2), "dims": 32, "mlp_ratio": 2.0, "patch_size": 2, **kwargs}
+    return _build("vmamba_mini", pretrained, out_indices=(0, 1, 2), **args)
