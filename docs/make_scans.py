@@ -32,10 +32,10 @@ def main() -> None:
 
 
 def draw(name: str, path: Path) -> None:
-    """A picture of few colours, which keeps the repository small."""
+    """A picture of limited colours, which keeps the repository small."""
     build_scan(name, *GRID).plot(path, panel=1.9, title="", dpi=90)
     with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(48, dither=Image.Dither.NONE)
+        small = picture.convert("RGB").quantize(160, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
 

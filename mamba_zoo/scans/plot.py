@@ -25,9 +25,9 @@ def plot_scan(
 ) -> Figure:
     """Draw one panel a direction: its path from the first step (dark) to the last (bright).
 
-    Moves to a neighbour are thick, jumps thin and dotted. A ring marks the first token, a square the last. Cells that
-    the direction never visits are grey. Tokens outside the grid, such as a class token, are left out. A video is
-    drawn as its frames side by side.
+    Moves to one of the eight neighbours are thick, jumps thin and dotted. A ring marks the first token, a square the
+    last. Cells that the direction never visits are grey. Tokens outside the grid, such as a class token, are left out.
+    A video is drawn as its frames side by side.
 
     Args:
         scan: Of one, two or three dimensions.
@@ -103,7 +103,7 @@ def _panel(
     points = places[tokens][:, ::-1].astype(float)
     if len(points) > 1:
         moves = np.stack([points[:-1], points[1:]], axis=1)
-        near = np.abs(np.diff(points, axis=0)).sum(axis=1) == 1
+        near = np.abs(np.diff(points, axis=0)).max(axis=1) == 1
         for chosen, width_of_line, style, alpha in ((~near, 0.7, (0, (2, 1.5)), 0.7), (near, 0.22 * cell, "-", 1.0)):
             lines = LineCollection(
                 list(moves[chosen]), cmap=colormap, linewidths=max(width_of_line, 0.7), linestyles=[style], alpha=alpha
