@@ -44,6 +44,46 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
     return y.to(s.out_dtype), final, saved
 
 
+def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> dict[str, Tensor]:
+    """Gradients of all inputs that are given, by their names."""
+    from ._scan_backward import kernel, scratch_floats
+
+    u, dt, B, C, z = _tokens(s)
+    dy = _plain_rows(dy)
+    A, D, bias, dfinal = (_plain(x) for x in (s.A, s.D, s.dt_bias, dfinal))
+    make = torch.empty if s.complete else torch.zeros
+    du, ddt = make(s.u.shape), make(s.dt.shape)
+    dz = None if s.z is None else make(s.z.shape)
+    dinitial = None if s.initial_state is None else torch.empty(s.initial_state.shape)
+    row_groups, width = _cut(s)
+    groups = -(-_blocks(s) // width)
+    dB, dC = (make(groups, *s.B.shape) for _ in range(2))
+    dA = torch.empty(row_groups, *s.A.shape)
+    dD, dbias = (torch.empty(row_groups, s.k, s.d) for _ in range(2))
+    share_u, share_z = s.u.dim() == 3, s.z is not None and s.z.dim() == 3
+    split = s.k == 1 or not (share_u or share_z)
+    zeros = torch.zeros(s.n)
+    kernel(
+        items=row_groups * groups * (s.k if split else 1), scratch_floats=scratch_floats(s.n, width),
+        rows=s.states, row_groups=row_groups, blocks=_blocks(s), groups=groups, width=width, split=split,
+        b=s.b, l=s.l, k=s.k, d=s.d, n=s.n, m=s.m, softplus=s.dt_softplus, mean=s.reduce == "mean",
+        complete=s.complete, tiles=_tiles(s), zeros=address(zeros), share_u=share_u, share_z=share_z,
+        A=address(A), D=address(D), bias=address(bias), offsets=address(s.offsets), saved=address(saved),
+        dfinal=address(dfinal), dinitial=address(dinitial), dA=address(dA), dD=address(dD), dbias=address(dbias),
+        dB=address(dB), dC=address(dC), **visits(s.order),
+        **rows("u", u), **rows("dt", dt), **rows("z", z), **rows("B", B), **rows("C", C), **rows("dy", dy),
+        **rows("du", du), **rows("ddt", ddt), **rows("dz", dz),
+    )  # fmt: skip
+    grads = {"u": du, "dt": ddt, "z": dz, "initial_state": dinitial}
+    grads |= {"A": dA.sum(0), "B": dB.sum(0), "C": dC.sum(0), "D": dD.sum(0), "dt_bias": dbias.sum(0)}
+    return {name: grads[name].to(x.dtype) for name, x in s.differentiable().items()}
+
+
+def _cut(s: ScanArgs) -> tuple[int, int]:
+    """Row groups and channel blocks per work item of the backward: by shape alone, so that results are too."""
+    return min(s.states, 32), max(1, min(_blocks(s), 4))
+
+
 def address(x: Tensor | None) -> int:
     """Of the first element; 0 for None."""
     return 0 if x is None else x.data_ptr()
@@ -86,10 +126,3 @@ def _blocks(s: ScanArgs) -> int:
 def _tiles(s: ScanArgs) -> int:
     """Enough for every row: sequence i of a packed batch starts at tile `first step // TILE + i`."""
     return s.m // TILE + (1 if s.offsets is None else s.states)
-
-
-def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> dict[str, Tensor]:
-    """Gradients of all inputs that are given, by their names."""
-    from .._reference.selective_scan import backward as slow
-
-    return slow(s, dy, dfinal, saved)
