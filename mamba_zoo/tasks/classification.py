@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from .building import build_model, classification_metrics, freeze_parts, make_mixer
+from .checkpoints import read_checkpoint
 from .optim import parameter_groups, warmup_cosine
 
 
@@ -100,6 +102,28 @@ class ImageClassifier(LightningModule):
         self._ema: list[Any] = []
         self._ema_step = 0
         self._tested: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str]) -> ImageClassifier:
+        """The trained model of a run, in evaluation mode on the CPU; nothing is downloaded and no pickle is run.
+
+        Args:
+            path: A checkpoint of `mamba-zoo fit`, or the folder of the run for its best one.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is no such checkpoint.
+        """
+        checkpoint = read_checkpoint(path)
+        values = checkpoint.get("hyper_parameters", {})
+        if "name" not in values or "state_dict" not in checkpoint:
+            raise ValueError(
+                f"{path} is no checkpoint of mamba-zoo fit; published weights load with create_model(checkpoint_path=)"
+            )
+        model = cls(**{**values, "pretrained": False, "checkpoint_path": None})
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        return model.eval()
 
     @property
     def inference_net(self) -> nn.Module:
