@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from timm.layers import ClassifierHead, DropPath, get_device_dtype
+from timm.layers.classifier import ClassifierHead
+from timm.layers.drop import DropPath
+from timm.layers.helpers import get_device_dtype
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
@@ -74,7 +76,10 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(b, h, w, c)` to `(b, h', w', c')`."""
         x = self.downsample(x)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        if self.grad_checkpointing:
+            x = checkpoint_seq(self.blocks, x)  # type: ignore[assignment]
+            return x
+        return self.blocks(x)
 
 
 class Pyramid(Backbone):
@@ -114,7 +119,7 @@ class Pyramid(Backbone):
         dtype=None,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
         self.smallest = smallest
         self.stem = stem
@@ -138,8 +143,9 @@ class Pyramid(Backbone):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward pass instead of keeping its activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer, or an identity."""
@@ -148,7 +154,8 @@ class Pyramid(Backbone):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Make a new classifier; None keeps the pooling."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        dd: Any = get_device_dtype(self)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -190,7 +197,7 @@ class Pyramid(Backbone):
         take, last = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
         x = self.stem(x)
         found = []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+        for i, stage in enumerate(list(self.stages)[: last + 1 if stop_early else None]):
             x = stage(x)
             if i in take:
                 y = x
@@ -207,9 +214,9 @@ class Pyramid(Backbone):
         """Drop the stages after the last of `indices`, and with them the norm and the head; returns the indices."""
         take, last = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
         shorter = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
+        self.stages = nn.Sequential(*list(self.stages)[: last + 1])
         if self.out_norms is not None:
-            norms = self.out_norms[: last + 1]
+            norms = list(self.out_norms)[: last + 1]
             self.out_norms = nn.ModuleList(n if i in take else nn.Identity() for i, n in enumerate(norms))
         if shorter:
             self.num_features = self.feature_info[last]["num_chs"]
@@ -297,7 +304,7 @@ class Tokens(Backbone):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Make a new classifier; None keeps the pooling."""
-        dd = get_device_dtype(self)
+        dd: Any = get_device_dtype(self)
         if global_pool is not None:
             self.global_pool = _check_pool(global_pool)
         self.num_classes = num_classes
@@ -377,7 +384,7 @@ class Tokens(Backbone):
 
     def _run(self, block: nn.Module, hidden: Tensor, residual: Tensor | None, order: Tensor) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing:
-            return checkpoint(block, hidden, residual, order)
+            return checkpoint(block, hidden, residual, order)  # type: ignore[return-value]
         return block(hidden, residual, order)
 
     def _finish(self, hidden: Tensor, residual: Tensor | None) -> Tensor:

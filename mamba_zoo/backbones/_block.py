@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, register_notrace_module
+from timm.layers._fx import register_notrace_function, register_notrace_module
+from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 
@@ -17,7 +20,6 @@ def _widened(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return parameter.to(x.dtype)
 
 
-@register_notrace_module
 class LayerNorm(nn.LayerNorm):
     """Layer norm over the last axis, which may be wider in dtype than the weights; the output keeps its dtype."""
 
@@ -27,7 +29,6 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-@register_notrace_module
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x ** 2) + eps) * weight` over the last axis, which may be wider in dtype than the weights.
 
@@ -74,7 +75,7 @@ class MapBlock(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         self.norm1 = LayerNorm(dim, **dd)
         self.mixer = mixer(dim)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -124,3 +125,9 @@ def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
     if residual is None:
         return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     return residual + hidden
+
+
+# torch.fx takes these whole: they look at shapes and dtypes. Not as decorators, which would hide their types.
+for _leaf in (LayerNorm, RMSNorm):
+    register_notrace_module(_leaf)
+register_notrace_function(add_residual)

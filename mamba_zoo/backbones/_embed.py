@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, register_notrace_module, resample_abs_pos_embed
+from timm.layers._fx import register_notrace_function, register_notrace_module
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ._block import LayerNorm
 
 
-@register_notrace_function
 def check_image(x: Tensor, in_chans: int, smallest: int) -> None:
     """Raise ValueError unless `x` is `(b, in_chans, h, w)` with both sides at least `smallest` pixels."""
     if x.dim() != 4 or x.shape[1] != in_chans:
@@ -48,7 +49,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, patch_size: int = 4, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         if patch_size not in (1, 2, 4):
             raise ValueError(f"patch_size={patch_size} does not suit the convolutional stem; choose 1, 2 or 4")
         self.conv1 = MapConv(in_chans, dim // 2, 3, stride=min(patch_size, 2), padding=1, **dd)
@@ -76,7 +77,7 @@ class PatchStem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, patch_size: int = 4, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         self.proj = MapConv(in_chans, dim, patch_size, stride=patch_size, **dd)
         self.norm = LayerNorm(dim, **dd)
 
@@ -97,7 +98,7 @@ class ConvDownsample(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         self.conv = MapConv(dim, out_dim, 3, stride=2, padding=1, **dd)
         self.norm = LayerNorm(out_dim, **dd)
 
@@ -106,7 +107,6 @@ class ConvDownsample(nn.Module):
         return self.norm(self.conv(x))
 
 
-@register_notrace_module
 class PatchMerge(nn.Module):
     """Join each 2x2 window into one token, norm and project it: the downsampling of Swin (arXiv:2103.14030).
 
@@ -119,7 +119,7 @@ class PatchMerge(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         self.norm = LayerNorm(4 * dim, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
@@ -169,7 +169,6 @@ def remove_token(x: Tensor, index: int) -> Tensor:
     return torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)
 
 
-@register_notrace_function
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Position embedding with the class token in the middle, for another grid.
 
@@ -184,5 +183,12 @@ def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, 
     if tuple(old) == tuple(new):
         return positions
     middle = math.prod(old) // 2
-    grid = resample_abs_pos_embed(remove_token(positions, middle), list(new), list(old), num_prefix_tokens=0)
+    resample: Any = resample_abs_pos_embed
+    grid = resample(remove_token(positions, middle), list(new), list(old), num_prefix_tokens=0)
     return insert_token(grid, positions[:, middle : middle + 1], math.prod(new) // 2)
+
+
+# torch.fx takes these whole: they look at shapes and dtypes. Not as decorators, which would hide their types.
+register_notrace_module(PatchMerge)
+for _function in (check_image, resample_positions):
+    register_notrace_function(_function)

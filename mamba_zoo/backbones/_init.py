@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4

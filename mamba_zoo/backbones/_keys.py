@@ -36,8 +36,7 @@ def rename(state_dict: dict[str, Tensor], keys: Sequence[Key]) -> dict[str, Tens
     Raises:
         ValueError: two keys end in the same name, or a stacked parameter lacks a direction.
     """
-    whole: dict[str, Tensor] = {}
-    stacks: dict[str, dict[int, Tensor]] = {}
+    parts: dict[str, dict[int | None, Tensor]] = {}
     for old, value in state_dict.items():
         name, slot = old, None
         for key in keys:
@@ -46,13 +45,15 @@ def rename(state_dict: dict[str, Tensor], keys: Sequence[Key]) -> dict[str, Tens
                 name = new
                 slot = slot if key.slot is None else key.slot
                 value = value if key.convert is None else key.convert(value)
-        taken = whole if slot is None else stacks.setdefault(name, {})
-        place = name if slot is None else slot
-        if place in taken or (slot is None and name in stacks):
+        if slot in parts.setdefault(name, {}):
             raise ValueError(f"checkpoint key {old!r} and another both mean {name!r}")
-        taken[place] = value
-    for name, parts in stacks.items():
-        if name in whole or sorted(parts) != list(range(len(parts))):
-            raise ValueError(f"checkpoint has directions {sorted(parts)} of {name!r}, not 0 to {max(parts)}")
-        whole[name] = torch.stack([parts[i] for i in range(len(parts))])
-    return whole
+        parts[name][slot] = value
+    return {name: _stack(name, slots) for name, slots in parts.items()}
+
+
+def _stack(name: str, slots: dict[int | None, Tensor]) -> Tensor:
+    if None in slots and len(slots) == 1:
+        return slots[None]
+    if set(slots) != set(range(len(slots))):
+        raise ValueError(f"checkpoint has directions {list(slots)} of {name!r}, not 0 to {len(slots) - 1}")
+    return torch.stack([slots[i] for i in range(len(slots))])

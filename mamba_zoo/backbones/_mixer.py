@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..scans import scan_order
@@ -13,7 +15,6 @@ from ._ssm import CausalConv1d, SelectiveSSM, resolve_dt_rank
 REDUCTIONS = ("sum", "mean")
 
 
-@register_notrace_module
 class Mamba(nn.Module):
     """The Mamba mixer in k directions: every direction has its own causal convolution and state-space layer.
 
@@ -54,7 +55,7 @@ class Mamba(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce={reduce!r} is unknown; choose one of {REDUCTIONS}")
         inner = int(expand * dim)
@@ -75,7 +76,6 @@ class Mamba(nn.Module):
         return self.out_proj(y.to(u.dtype))
 
 
-@register_notrace_module
 class SS2D(nn.Module):
     """The 2-D selective scan of VMamba (arXiv:2401.10166): one depthwise convolution, k directions summed, a norm.
 
@@ -106,7 +106,7 @@ class SS2D(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         inner = int(ssm_ratio * dim)
         self.scan, self.gate = scan, gate
         self.in_proj = nn.Linear(dim, inner * (2 if gate else 1), bias=False, **dd)
@@ -129,3 +129,8 @@ class SS2D(nn.Module):
             y = y.unflatten(1, (h, w))
         y = self.out_norm(y).to(u.dtype)
         return self.out_proj(y if z is None else y * F.silu(z))
+
+
+# torch.fx takes these whole: they look at shapes and dtypes. Not as decorators, which would hide their types.
+for _leaf in (Mamba, SS2D):
+    register_notrace_module(_leaf)

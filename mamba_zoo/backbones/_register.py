@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._checkpoint import build_with_weights
 
 Model = TypeVar("Model", bound=nn.Module)
-Entrypoint = TypeVar("Entrypoint", bound=Callable[..., nn.Module])
+Entrypoint = TypeVar("Entrypoint", bound=Callable[..., Any])
 
 _COMMERCIAL = ("MIT", "Apache-2.0", "BSD-3-Clause")
 _cards: dict[str, Card] = {}
@@ -82,7 +82,8 @@ def register(card: Card, tag: str = "", **cfg: Any) -> Callable[[Entrypoint], En
         # timm looks for this name in the module of the function that it registers.
         cfgs = vars(sys.modules[entrypoint.__module__]).setdefault("default_cfgs", {})
         cfgs.update(generate_default_cfgs({f"{name}.{tag}" if tag else name: entry}))
-        return register_model(entrypoint)
+        register_model(entrypoint)
+        return entrypoint
 
     return wrap
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,7 +97,7 @@ class SelectiveSSM(nn.Module):
 
     def __init__(self, dim: int, d_state: int, dt_rank: int, k: int = 1, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         self.d_state, self.dt_rank = d_state, dt_rank
         self.x_proj = DirectionLinear(k, dim, dt_rank + 2 * d_state, **dd)
         self.dt_proj = DirectionLinear(k, dt_rank, dim, **dd)

@@ -10,7 +10,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, lecun_normal_, register_notrace_function, trunc_normal_
+from timm.layers._fx import register_notrace_function
+from timm.layers.drop import calculate_drop_path_rates
+from timm.layers.weight_init import lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 
 from ..scans import ScanLike, as_spec, scan_order
@@ -74,10 +76,10 @@ class Vim(Tokens):
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         ssm = scan != "none"
         spec, k = resolve_scan(scan if ssm else "bidirectional")
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         mixer = partial(Mamba, dim, d_state, d_conv, expand, dt_rank, k, "mean", ssm=ssm, **dd)
         super().__init__(
             # A block drops what the one before it put out, so each has the rate of its predecessor.
@@ -108,10 +110,11 @@ class Vim(Tokens):
         for parameter in (self.cls_token, self.pos_embed):
             trunc_normal_(parameter, std=0.02)
         lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+        for layer in (self.patch_embed.proj, self.head):
+            if isinstance(layer.bias, Tensor):
+                nn.init.zeros_(layer.bias)
         for module in self.modules():
             if isinstance(module, Mamba):
                 nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
@@ -135,10 +138,12 @@ class Vim(Tokens):
         return (tokens - 1) // 2
 
 
-@register_notrace_function
 def token_order(spec: str, grid: tuple[int, int], x: Tensor) -> Tensor:
     """`scan_order` on the device of `x`."""
     return scan_order(spec, grid, x.device)
+
+
+register_notrace_function(token_order)
 
 
 def _taps(weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import calculate_drop_path_rates
+from timm.layers.drop import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..scans import Scan
@@ -79,7 +79,7 @@ class VMamba(Pyramid):
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: Any = {"device": device, "dtype": dtype}
         dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         if len(dims) != len(depths):
             raise ValueError(f"depths={tuple(depths)} and dims={tuple(dims)} must give as many stages")
@@ -87,7 +87,7 @@ class VMamba(Pyramid):
         spec, k = resolve_scan(scan)
         mixer = partial(SS2D, d_state=d_state, ssm_ratio=ssm_ratio, dt_rank=dt_rank, scan=spec, k=k, gate=gate,
                         conv_bias=conv_bias, **dd)  # fmt: skip
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = [
             Stage(
                 downsample_cls(dims[i - 1], dim, **dd) if i else None,
