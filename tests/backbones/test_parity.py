@@ -1,0 +1,213 @@
+"""Do our models compute what the published ones compute? Fixtures record runs of the published code.
+
+Reads `fixtures/<family>/`, or the folder that the environment variable MAMBA_ZOO_PARITY names, and runs every fixture
+in it: synthetic weights under the published names are written to a checkpoint as its authors publish them, and loaded
+with `create_model(..., checkpoint_path=...)`, so that all of them must be used and none may be missing. A family joins
+by one entry in `FAMILIES`, which turns published constructor arguments into ours.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mamba_zoo
+from mamba_zoo.scans import scan_order
+
+from . import synth
+
+ROOT = Path(os.environ.get("MAMBA_ZOO_PARITY") or Path(__file__).parent / "fixtures")
+FIXTURES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.json.gz"))
+TOLERANCE, PROBE_TOLERANCE = 2e-5, 1e-4
+
+Arguments = dict[str, Any]
+
+
+@dataclass
+class Family:
+    """How to rebuild and run the published models of one family."""
+
+    arguments: Callable[[Arguments], tuple[str, Arguments]]  # published arguments to a name and our arguments
+    run: Callable[[Any, dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]  # model, inputs, fixture to outputs
+    container: Callable[[dict[str, Tensor]], Any]  # state dict to what the authors' file holds
+
+
+def require(kwargs: Arguments, **expected: Any) -> None:
+    """Raise on published arguments that our model does not have."""
+    for name, value in expected.items():
+        if kwargs.get(name, value) != value:
+            raise ValueError(f"published argument {name}={kwargs[name]!r} has no counterpart here, only {value!r}")
+
+
+@contextmanager
+def recorded(**modules: nn.Module) -> Iterator[dict[str, Any]]:
+    """Collect the outputs of modules by name."""
+    outputs: dict[str, Any] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
+        for name, module in modules.items()
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def vmamba_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    require(kwargs, ssm_act_layer="silu", ssm_conv=3, ssm_drop_rate=0.0, ssm_init="v0", mlp_act_layer="gelu")
+    require(kwargs, mlp_drop_rate=0.0, patch_norm=True, gmlp=False, posembed=False)
+    arguments = {
+        "in_chans": kwargs["in_chans"],
+        "num_classes": kwargs["num_classes"],
+        "patch_size": kwargs["patch_size"],
+        "depths": kwargs["depths"],
+        "dims": kwargs["dims"],
+        "d_state": kwargs["ssm_d_state"],
+        "ssm_ratio": kwargs["ssm_ratio"],
+        "dt_rank": kwargs["ssm_dt_rank"],
+        "mlp_ratio": kwargs["mlp_ratio"],
+        "gate": {"v0": True, "v05_noz": False}[kwargs["forward_type"]],
+        "conv_bias": kwargs["ssm_conv_bias"],
+        "stem": {"v1": "patch", "v2": "conv"}[kwargs["patchembed_version"]],
+        "downsample": {"v1": "merge", "v3": "conv"}[kwargs["downsample_version"]],
+        "drop_path_rate": kwargs["drop_path_rate"],
+    }
+    if "out_indices" in kwargs:
+        arguments |= {"features_only": True, "out_norm": True, "out_indices": tuple(kwargs["out_indices"])}
+    stem = arguments["stem"]
+    return "vmamba_tiny_v0" if stem == "patch" else "vmamba_tiny", arguments
+
+
+def vmamba_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
+    if "out_indices" in fixture["kwargs"]:
+        plain, rect = model(inputs["x"]), model(inputs["x_rect"])
+        return {f"out{i}": y for i, y in enumerate(plain)} | {f"rect_out{i}": y for i, y in enumerate(rect)}
+    block = model.stages[0].blocks[0]
+    stages = {f"stage{i + 1}": stage for i, stage in enumerate(model.stages)}
+    with recorded(patch_embed=model.stem, block0=block, **{"block0.ss2d": block.mixer}, **stages) as outputs:
+        logits = model(inputs["x"])
+    if fixture["kwargs"]["norm_layer"] == "ln2d":  # the published second version is NCHW throughout
+        outputs = {name: y.permute(0, 3, 1, 2) for name, y in outputs.items()}
+    return {**outputs, "logits": logits, "logits_rect": model(inputs["x_rect"])}
+
+
+def vim_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    require(kwargs, rms_norm=True, residual_in_fp32=True, if_abs_pos_embed=True, if_rope=False, if_rope_residual=False)
+    require(kwargs, bimamba_type="v2", if_cls_token=True, if_divide_out=True, use_middle_cls_token=True)
+    return "vim_tiny", {
+        "img_size": kwargs["img_size"],
+        "patch_size": kwargs["patch_size"],
+        "stride": kwargs["stride"],
+        "depth": kwargs["depth"],
+        "dim": kwargs["embed_dim"],
+        "d_state": kwargs["d_state"],
+        "in_chans": kwargs["channels"],
+        "num_classes": kwargs["num_classes"],
+    }
+
+
+def vim_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
+    blocks = {f"layer{i}": block for i, block in enumerate(model.blocks) if f"layer{i}.hidden" in fixture["outputs"]}
+    embedded: list[Tensor] = []
+    hook = model.blocks[0].register_forward_pre_hook(lambda _, arguments: embedded.append(arguments[0]))
+    with recorded(**blocks) as pairs:
+        features = model.forward_head(model.forward_features(inputs["x"]), pre_logits=True)
+    hook.remove()
+    outputs = {"embed": embedded[0], "features": features, "logits": model(inputs["x"])}
+    for name, (hidden, residual) in pairs.items():
+        outputs |= {f"{name}.hidden": hidden, f"{name}.residual": residual}
+    return outputs
+
+
+def vim_container(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {"model": state, "epoch": 299, "args": argparse.Namespace(model="vim", lr=1e-3)}
+
+
+def mamba_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    renamed = {"d_model": "dim"}
+    return "mamba", {renamed.get(name, name): value for name, value in kwargs.items()}
+
+
+FAMILIES = {
+    "vmamba": Family(vmamba_arguments, vmamba_run, lambda state: {"model": state}),
+    "vim": Family(vim_arguments, vim_run, vim_container),
+    "lm": Family(mamba_arguments, lambda model, inputs, _: {"y": model(inputs["x"])}, dict),
+}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_computes_what_was_published(name: str, tmp_path: Path) -> None:
+    fixture = json.loads(gzip.decompress((ROOT / name).read_bytes()))
+    if "state" not in fixture:
+        check_orders(fixture)
+        return
+    folder = Path(name).parts[0]
+    assert folder in FAMILIES, f"no model of the family {folder!r} is built; add it to FAMILIES"
+    if folder == "lm" and not fixture["source"].endswith("mamba_simple.py::Mamba"):
+        pytest.fail(f"{fixture['source']} is not built")
+    family = FAMILIES[folder]
+    architecture, arguments = family.arguments(fixture["kwargs"])
+    inputs = {key: torch.from_numpy(synth.synth_input(**spec)) for key, spec in fixture["inputs"].items()}
+    base = {key: torch.from_numpy(value) for key, value in synth.synth_state(fixture["state"]).items()}
+    errors = {}
+    for i, probe in enumerate([None, *fixture.get("probes", [])]):
+        path = tmp_path / "published.pth"
+        torch.save(family.container(base if probe is None else amplified(base, probe)), path)
+        model = mamba_zoo.create_model(architecture, checkpoint_path=path, **arguments).eval()
+        path.unlink()
+        assert sum(p.numel() for p in model.parameters()) == fixture["params"]
+        with torch.inference_mode():
+            outputs = family.run(model, inputs, fixture)
+        expected = fixture["outputs"] if probe is None else probe["outputs"]
+        tolerance = TOLERANCE if probe is None else PROBE_TOLERANCE
+        for key, summary in expected.items():
+            error = synth.relative_error(outputs[key].numpy(), summary)
+            errors[f"{'' if probe is None else f'probe {i}: '}{key}"] = (error, tolerance)
+    wrong = {key: f"{error:.1e}" for key, (error, tolerance) in errors.items() if not error < tolerance}
+    assert not wrong, f"relative errors too large: {wrong}"
+
+
+def amplified(state: dict[str, Tensor], probe: dict[str, Any]) -> dict[str, Tensor]:
+    """The state with the leaves named in `gain`, or matched by `gain_regex`, multiplied."""
+    gains = probe.get("gain", {})
+    patterns = probe.get("gain_regex", {})
+    new = {}
+    for key, value in state.items():
+        factor = gains.get(key.rsplit(".", 1)[-1], 1.0)
+        for pattern, gain in patterns.items():
+            factor *= gain if re.search(pattern, key) else 1.0
+        new[key] = value * factor if factor != 1.0 else value
+    assert any(new[key] is not state[key] for key in state), "the probe changes no weight"
+    return new
+
+
+def check_orders(tables: dict[str, Any]) -> None:
+    """The visiting orders of VMamba, EfficientVMamba and LocalMamba."""
+    cross = {
+        "cross2d": "cross",
+        "unidi": "join(raster, raster, raster, raster)",
+        "bidi": "join(raster, raster, reverse(raster), reverse(raster))",
+    }
+    cases = [(cross[key.split("/")[0]], key.split("/")[1], table) for key, table in tables["cross"].items()]
+    cases += [("atrous", size, table) for size, table in tables["efficient"].items()]
+    local = {**tables["local"], "3x5 ": tables["local_reverse_3x5"]}
+    cases += [(f"local(('{one}',))", size, [row]) for size, rows in local.items() for one, row in rows.items()]
+    for spec, size, table in cases:
+        height, width = map(int, size.split("x"))
+        assert np.array_equal(scan_order(spec, (height, width), "cpu").numpy(), np.array(table)), (spec, size)
+
+
+def test_there_are_fixtures() -> None:
+    assert FIXTURES, f"{ROOT} holds no fixtures"
