@@ -156,9 +156,7 @@ def _load_state(
 ) -> None:
     """Check everything, then copy; the model changes only once nothing can fail any more."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            f"{source} cannot be loaded into a model on the meta device; build the model with device='cpu'"
-        )
+        raise ValueError(f"{source} cannot be loaded into a model on the meta device; build it with device='cpu'")
     new_classes = getattr(model, "num_classes", None) != _published_classes(cfg)
     new_chans = getattr(model, "in_chans", None) != (cfg.input_size or (None,))[0]
     best: Match | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import posixpath
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -48,6 +49,8 @@ def published_file(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[s
         try:
             _download(url, target)
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it holds the connection
             raise _unreachable(name, url, filename, error) from error
     return target
 
@@ -73,11 +76,7 @@ def _from_hub(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] |
     files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _HUB_FILES
     for filename in files:
         try:
-            return Path(
-                hf_hub_download(
-                    repo, filename, revision=revision, cache_dir=os.fspath(cache_dir) if cache_dir else None
-                )
-            )
+            return Path(hf_hub_download(repo, filename, revision=revision, cache_dir=folder))
         except Exception as error:  # the hub client raises several unrelated families of errors
             absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
             if not absent or filename == files[-1]:

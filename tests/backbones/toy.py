@@ -76,3 +76,17 @@ def registered():
             _registry._model_entrypoints.pop(name)
         for name in modules:
             del sys.modules[name]
+
+
+def create(name, path, **kwargs):
+    """What `mamba_zoo.create_model` does for a registered model; the toys have no card."""
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **kwargs)
+
+
+def assert_holds(model, weights, but=()):
+    """The model has these published weights, except for names of ours that start with one of `but`."""
+    ours = model.state_dict()
+    for name, value in weights.items():
+        name = name.replace("patch_embed.", "stem.")
+        if not name.startswith(tuple(but)):
+            torch.testing.assert_close(ours[name], value)

@@ -1,0 +1,147 @@
+"""What importing the package costs and brings along, and which part of it may import which."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mamba_zoo
+
+PACKAGE = Path(mamba_zoo.__file__).parent
+# A file imports only from its own layer and from those before it.
+LAYERS = ["kernels", "scans", "blocks", "backbones", "factory", "tasks", "main"]
+HEAVY = [
+    "cuda",
+    "lightning",
+    "matplotlib",
+    "numba",
+    "open3d",
+    "pandas",
+    "pytorch_lightning",
+    "rich",
+    "scipy",
+    "sklearn",
+    "soundfile",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch_geometric",
+    "torchaudio",
+    "torchmetrics",
+    "triton",
+]
+MEASURE = """
+import json, sys, time
+import timm
+before, start = set(sys.modules), time.process_time()
+import mamba_zoo
+seconds = time.process_time() - start
+print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
+"""
+
+
+def run(code: str, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_import_is_light_and_silent():
+    runs = [run(MEASURE, "-W", "error") for _ in range(3)]
+    for done in runs:
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+    measured = [json.loads(done.stdout) for done in runs]
+    assert sorted(seconds for seconds, _ in measured)[1] <= 0.3, "median of processor time over timm's own import"
+    new = measured[0][1]
+    assert [name for name in new for heavy in HEAVY if name == heavy or name.startswith(f"{heavy}.")] == []
+
+
+def test_import_without_optional_packages():
+    blocked = [name for name in HEAVY if not name.startswith("torch.") and name not in ("triton", "rich", "scipy")]
+    block = f"import sys\nsys.modules.update(dict.fromkeys({blocked}))\n"
+    done = run(block + "import mamba_zoo\nprint(len(mamba_zoo.list_models()))", "-W", "error")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(mamba_zoo.list_models())
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, by dotted name below `mamba_zoo`."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def layer(module: str) -> str:
+    top, _, rest = module.partition(".")
+    if top == "backbones":
+        return "blocks" if rest.startswith("_") else "backbones"
+    if top in ("", "_factory"):
+        return "factory"
+    return top if top in LAYERS else "main"
+
+
+def imported(module: str, path: Path, known: dict[str, Path]) -> list[str]:
+    """Modules of the package that `module` imports anywhere, also inside functions."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "mamba_zoo"]
+            found += [name.removeprefix("mamba_zoo").removeprefix(".") for name in names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                parts = [part for part in package.split(".") if part]
+                base = ".".join(parts[: len(parts) - node.level + 1])
+                if node.level - 1 > len(parts):
+                    raise ValueError(f"{path}: import leaves the package")
+                target = ".".join(part for part in (base, node.module or "") if part)
+            elif (node.module or "").split(".")[0] == "mamba_zoo":
+                target = (node.module or "").removeprefix("mamba_zoo").removeprefix(".")
+            else:
+                continue
+            inner = [f"{target}.{alias.name}".removeprefix(".") for alias in node.names]
+            found += [name if name in known else target for name in inner]
+    return found
+
+
+MODULES = modules()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda name: name or "mamba_zoo")
+def test_imports_go_one_way(module):
+    mine = LAYERS.index(layer(module))
+    wrong = {
+        target
+        for target in imported(module, MODULES[module], MODULES)
+        if LAYERS.index(layer(target)) > mine and (module, target) not in LAZY
+    }
+    assert wrong == set(), f"{module or 'mamba_zoo'} is in {LAYERS[mine]} and must not import these"
+
+
+# `mamba_zoo.tasks` and `mamba_zoo.compare` for type checkers only; at run time they are imported on first use.
+LAZY = {("", "tasks"), ("", "tasks.compare")}
+
+
+def test_the_rule_sees_every_kind_of_import(tmp_path):
+    path = tmp_path / "core.py"
+    path.write_text(
+        "import mamba_zoo.tasks.fit\ndef f():\n    from ..backbones import vmamba\n    from .. import tasks\n"
+    )
+    known = {"tasks.fit": path, "backbones.vmamba": path, "tasks": path}
+    assert imported("scans.core", path, known) == ["tasks.fit", "backbones.vmamba", "tasks"]
+
+
+def test_submodules_are_there_when_asked_for():
+    assert callable(mamba_zoo.kernels.selective_scan)
+    assert callable(mamba_zoo.scans.build_scan)
+    assert {"kernels", "scans", "tasks", "compare"} <= set(dir(mamba_zoo))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mamba_zoo.nothing
+
+
+def test_version_is_the_one_of_the_distribution():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{mamba_zoo.__version__}"' in text
