@@ -1,4 +1,35 @@
-"""Being built."""
+"""CUDA C++ compiled at run time by NVRTC: no toolkit, no build step. The fastest backend on NVIDIA GPUs."""
 
-def refuse(device, dtype):
-    return "not built yet"
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse(device: str, dtype: torch.dtype) -> str | None:
+    """None if this backend serves `dtype` on `device`, else why not."""
+    if device != "cuda":
+        return f"it runs on NVIDIA GPUs, not on {device}"
+    if torch.version.hip is not None:
+        return "this is an AMD GPU, which Triton serves"
+    if dtype not in DTYPES:
+        return f"it computes in float32, so {str(dtype).removeprefix('torch.')} is left to the reference"
+    return _unavailable()
+
+
+@lru_cache(maxsize=1)
+def _unavailable() -> str | None:
+    """Why kernels cannot be compiled on this machine, if they cannot."""
+    try:
+        if importlib.util.find_spec("cuda.bindings") is None:
+            return "cuda-bindings is not installed (pip install cuda-bindings)"
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"NVRTC cannot be loaded (pip install nvidia-cuda-nvrtc): {error}"
+    return None

@@ -1,0 +1,415 @@
+// Backward pass. Each tile is run again from the state at its beginning, with all its decays and states in registers,
+// and then walked in reverse. States at tile beginnings come from the forward pass, which kept one every SPACING steps;
+// the ones between are found by a sweep without outputs and wait in shared memory.
+//
+// WINDOW: steps whose tokens are in shared memory at a time, a multiple of SPACING.
+// SUMS 0: add dB and dC of all blocks of channels atomically, in float32. 1: one float32 buffer per block of channels.
+//      2: the only block of channels stores the result itself.
+// PART 0: whole rows. 2: every chunk, from the state kept for its beginning and the gradient that `scan_carry` found
+//      for its end.
+
+constexpr int TILES = SPACING / T;                  // per kept state
+constexpr int VALUES = 2 * T * S;                   // dC and dB of one tile in one thread
+constexpr int SUMMED = 2 * T * N;                   // and in a block
+static_assert(VALUES % 16 == 0, "sums over channels go sixteen at a time");
+static_assert(LANES <= 8, "a quad of lanes holds channels of one lane index");
+
+struct Tile {
+  Pack<In, V> u[OWN], dt[OWN], z[OWN];
+  Pack<Out, V> dy[OWN];
+};
+
+// Sums over the channels of a warp, sixteen values per thread at a time. The tensor cores multiply the values by
+// selector matrices of zeros and ones: four products sum each value over the four lanes of a quad, which a butterfly
+// would do with four times as many instructions. Lane 4 g + p then holds, for quad g of lanes, values 4 p + {0, 2, 1, 3};
+// two exchanges add up the quads.
+struct ChannelSums {
+  float acc[4];
+  float select[4][2];
+
+  __device__ __forceinline__ void prepare() {
+    int row = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      select[i][0] = row == 2 * i ? 1.0f : 0.0f;
+      select[i][1] = row == 2 * i + 1 ? 1.0f : 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ void clear() { acc[0] = acc[1] = acc[2] = acc[3] = 0.0f; }
+
+  // Values 4 i .. 4 i + 3 of the sixteen.
+  __device__ __forceinline__ void add(int i, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 800
+    float high[4], low[4];
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      u32 bits = __float_as_uint(x[r]);
+      // tf32 has the precision of half, so bfloat16 gradients lose nothing by truncation; half ones are rounded, and
+      // float32 ones sent in two parts.
+      if (In::ROUND) bits += 0x1000;
+      high[r] = __uint_as_float(bits & 0xffffe000);
+      low[r] = x[r] - high[r];
+    }
+    multiply_tf32(acc, high, select[i][0], select[i][1]);
+    if (In::TWO_PARTS) multiply_tf32(acc, low, select[i][0], select[i][1]);
+#else
+    float y[4];
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      y[r] = x[r] + from_xor(x[r], 1);
+      y[r] += from_xor(y[r], 2);
+    }
+    if (threadIdx.x % 4 == i) acc[0] = y[0], acc[1] = y[2], acc[2] = y[1], acc[3] = y[3];
+#endif
+  }
+
+  // Group `group` of sixteen is complete: write its sums over the warp to `sums` [step][dC, dB][state].
+  __device__ __forceinline__ void finish(float* sums, int group) {
+    const int lane = threadIdx.x % 32, q = lane / SPREAD;
+    float x[4] = {acc[0], acc[2], acc[1], acc[3]};
+    int held = 4, from = lane % 4 * 4;
+#pragma unroll
+    for (int w = SPREAD / 2; w >= 4; w /= 2) {
+      bool upper = lane & w;
+      if (held > 1) {
+        held /= 2;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          if (i >= held) break;
+          float keep = upper ? x[i + held] : x[i], give = upper ? x[i] : x[i + held];
+          x[i] = keep + from_xor(give, w);
+        }
+        from += upper ? held : 0;
+      } else {
+        x[0] += from_xor(x[0], w);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i >= held) break;
+      int r = group * 16 + from + i;
+      sums[r / S * N + q * S + r % S] = x[i];
+    }
+  }
+};
+
+extern __shared__ float tile_states[];  // [tile][channel of thread][state of thread][thread]
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(const __grid_constant__ Args p) {
+  __shared__ __align__(16) float maps[2][2 * T * N];
+  __shared__ __align__(16) float sums[2][WARPS][SUMMED];
+  __shared__ __align__(16) int visit[WINDOW];
+
+  Place at = Place::of(p);
+  at.take_chunk(p);
+  const int q = at.q, own = at.own, begin = at.begin, end = at.end;
+  if (at.chunk > 0 && begin >= end) return;
+  const u32 within = at.readable(p) * (u32)sizeof(typename In::Bits);
+  const u32 dy_within = at.readable(p) * (u32)sizeof(typename Out::Bits);
+  const Rows u = Rows::of(p.u, p.su, at), dt = Rows::of(p.dt, p.sdt, at), z = Rows::of(p.z, p.sz, at);
+  const Rows B = Rows::of(p.B, p.sB, at), C = Rows::of(p.C, p.sC, at), dy = Rows::of(p.dy, p.sdy, at);
+  char* du = output(p, p.du, at, p.d, sizeof(typename In::Bits));
+  char* ddt = output(p, p.ddt, at, p.d, sizeof(typename In::Bits));
+  char* dz = output(p, p.dz, at, p.d, sizeof(typename In::Bits));
+  const Offset out_stride = (Offset)p.k * p.d * sizeof(typename In::Bits);
+  const u32 out_within = at.channel * (u32)sizeof(typename In::Bits);
+  constexpr int MAP_BYTES = SUMS == 2 ? sizeof(typename In::Bits) : 4;
+  char* dB = output(p, p.dB, at, p.n, MAP_BYTES) + (SUMS == 1 ? at.block * p.map_block * 4 : 0);
+  char* dC = output(p, p.dC, at, p.n, MAP_BYTES) + (SUMS == 1 ? at.block * p.map_block * 4 : 0);
+  const Offset map_stride = (Offset)p.k * p.n * MAP_BYTES;
+  const int* order = order_of(p, at);
+
+  float A[V][S], g[V][S], dA[V][S], bias[V], skip[V], dskip[V], dbias[V];
+  read_A(A, p, at);
+  read_channels(bias, p.bias, p, at);
+  read_channels(skip, p.D, p, at);
+  if (PART == 2) {
+    read_kept(g, p.carry + (at.state_row(p, p.chunks) + at.chunk) * p.n * p.d, p, at);
+  } else if (p.dfinal) {
+    read_state(g, p.dfinal, p, at);
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; v++)
+#pragma unroll
+      for (int s = 0; s < S; s++) g[v][s] = 0.0f;
+  }
+#pragma unroll
+  for (int v = 0; v < V; v++) {
+    dskip[v] = dbias[v] = 0.0f;
+#pragma unroll
+    for (int s = 0; s < S; s++) dA[v][s] = 0.0f;
+  }
+  ChannelSums channels;
+  channels.prepare();
+
+  Tile now, next;
+  Maps travelling;
+  auto fetch = [&](Tile& tile, const int* tokens, bool whole) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      int token = tokens[i * GROUP + own];
+      tile.u[i] = tile.dt[i] = tile.z[i] = Pack<In, V>::zero();
+      tile.dy[i] = Pack<Out, V>::zero();
+      if (!EMPTY || token >= 0) {
+        tile.dt[i] = dt.get<In, V>(token, within);
+        tile.u[i] = u.get<In, V>(token, within);
+        if (whole) {
+          tile.dy[i] = dy.get<Out, V>(token, dy_within);
+          if (GATED) tile.z[i] = z.get<In, V>(token, within);
+        }
+      }
+    }
+    travelling.fetch(B, C, tokens, p.n);
+  };
+  // dB and dC of a finished tile: over the warps, then to memory.
+  auto release = [&](const float* of_tile, const int* tokens, int step) {
+#pragma unroll
+    for (int i = 0; i < (SUMMED + THREADS - 1) / THREADS; i++) {
+      int e = i * THREADS + threadIdx.x;
+      int t = e / (2 * N), state = e % N;
+      if (SUMMED % THREADS && e >= SUMMED) break;
+      float x = 0.0f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) x += of_tile[w * SUMMED + e];
+      int token = tokens[t];
+      if (step + t >= end || (EMPTY && token < 0) || (!EXACT && state >= p.n)) continue;
+      char* to = (e / N % 2 ? dB : dC) + (token * map_stride + state * (u32)MAP_BYTES);
+      if (SUMS == 0) atomicAdd((float*)to, x);
+      if (SUMS == 1) *(float*)to = x;
+      if (SUMS == 2) *(typename In::Bits*)to = In::down(x);
+    }
+  };
+
+  // The state at the beginning of a segment of SPACING steps.
+  auto kept_state = [&](float (&h)[V][S], int step) {
+    const int kept = step - at.first;
+    if (kept > 0) {
+      read_kept(h, p.saved + (at.slot(p) + kept / SPACING - 1) * p.n * p.d, p, at);
+    } else if (p.initial) {
+      read_state(h, p.initial, p, at);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; v++)
+#pragma unroll
+        for (int s = 0; s < S; s++) h[v][s] = 0.0f;
+    }
+  };
+
+  const int windows = (end - begin + WINDOW - 1) / WINDOW;
+  int buffer = 0;
+  for (int window = windows - 1; window >= 0; window--) {
+    const int first = begin + window * WINDOW, stop = min(first + WINDOW, end);
+    __syncthreads();  // nobody needs the last window's tokens any more
+    for (int i = threadIdx.x; i < WINDOW; i += THREADS) visit[i] = visited(p, order, at, first + i);
+    __syncthreads();
+    int segment = (stop - first - 1) / SPACING * SPACING;
+    int tiles = (stop - first - segment + T - 1) / T;
+    float start[V][S];
+    kept_state(start, first + segment);
+    fetch(now, visit + segment, tiles == 1);
+    travelling.put(maps[buffer]);
+    __syncthreads();
+    for (; segment >= 0; segment -= SPACING, tiles = TILES) {
+      float h[T + 1][V][S];
+#pragma unroll
+      for (int v = 0; v < V; v++)
+#pragma unroll
+        for (int s = 0; s < S; s++) h[0][v][s] = start[v][s];
+
+      // The sweep: states at the beginning of every tile but the last.
+      for (int tile = 0; TILES > 1 && tile < tiles - 1; tile++, buffer ^= 1) {
+        fetch(next, visit + segment + (tile + 1) * T, tile + 2 == tiles);
+#pragma unroll
+        for (int v = 0; v < V; v++)
+#pragma unroll
+          for (int s = 0; s < S; s++) tile_states[((tile * V + v) * S + s) * THREADS + threadIdx.x] = h[0][v][s];
+        const float* map = maps[buffer] + q * S;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+          float delta[V], drive[V];
+#pragma unroll
+          for (int v = 0; v < V; v++) {
+            float x = In::up(now.dt[i].x[v]) + bias[v], e;
+            delta[v] = SOFTPLUS ? softplus(x, e) : x;
+            drive[v] = delta[v] * In::up(now.u[i].x[v]);
+          }
+#pragma unroll
+          for (int j = 0; j < GROUP; j++) {
+            float b[S];
+            read_map(b, map + (i * GROUP + j) * N);
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+              float dl = shared_by(delta[v], j), dr = shared_by(drive[v], j);
+#pragma unroll
+              for (int s = 0; s < S; s++) h[0][v][s] = fmaf(exp2_fast(dl * A[v][s]), h[0][v][s], dr * b[s]);
+            }
+          }
+        }
+        travelling.put(maps[buffer ^ 1]);
+        __syncthreads();
+        now = next;
+      }
+
+      for (int tile = tiles - 1; tile >= 0; tile--, buffer ^= 1) {
+        const int* tokens = visit + segment + tile * T;
+        const int step = first + segment + tile * T;
+        if (TILES > 1 && tile < tiles - 1) {
+#pragma unroll
+          for (int v = 0; v < V; v++)
+#pragma unroll
+            for (int s = 0; s < S; s++) h[0][v][s] = tile_states[((tile * V + v) * S + s) * THREADS + threadIdx.x];
+        }
+        // The next tile, or the first of the next segment. The state there waits in registers while that is cheap.
+        constexpr bool EARLY = V * S <= 4;
+        const bool more = tile > 0 || segment > 0;
+        if (tile > 0) {
+          fetch(next, tokens - T, true);
+        } else if (segment > 0) {
+          fetch(next, visit + segment - SPACING, TILES == 1);
+          if (EARLY) kept_state(start, first + segment - SPACING);
+        }
+
+        float delta[OWN][V], input[OWN][V], slope[OWN][V], dout[OWN][V], dgate[OWN][V];
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+#pragma unroll
+          for (int v = 0; v < V; v++) {
+            bool live = at.active && step + i * GROUP + own < end;
+            float x = In::up(now.dt[i].x[v]) + bias[v], e;
+            delta[i][v] = x;
+            slope[i][v] = 1.0f;
+            if (SOFTPLUS) {
+              delta[i][v] = softplus(x, e);
+              float r = reciprocal(1.0f + e);
+              slope[i][v] = x >= 0.0f ? r : e * r;
+            }
+            if (!live) delta[i][v] = 0.0f;
+            input[i][v] = In::up(now.u[i].x[v]);
+            float d = live ? Out::up(now.dy[i].x[v]) * p.scale : 0.0f;
+            dout[i][v] = d;
+            if (GATED) {
+              float gate = In::up(now.z[i].x[v]), half_way = sigmoid(gate);
+              dout[i][v] = d * gate * half_way;
+              dgate[i][v] = d * half_way * fmaf(gate, 1.0f - half_way, 1.0f);
+            }
+          }
+
+        float a[T][V][S];
+        const float* map = maps[buffer] + q * S;
+#pragma unroll
+        for (int t = 0; t < T; t++) {
+          float b[S];
+          read_map(b, map + t * N);
+#pragma unroll
+          for (int v = 0; v < V; v++) {
+            float dl = shared_by(delta[t / GROUP][v], t % GROUP);
+            float dr = shared_by(delta[t / GROUP][v] * input[t / GROUP][v], t % GROUP);
+#pragma unroll
+            for (int s = 0; s < S; s++) {
+              a[t][v][s] = exp2_fast(dl * A[v][s]);
+              h[t + 1][v][s] = fmaf(a[t][v][s], h[t][v][s], dr * b[s]);
+            }
+          }
+        }
+
+        float* sum = sums[buffer][threadIdx.x / 32];
+        float values[16];
+#pragma unroll
+        for (int i = OWN - 1; i >= 0; i--) {
+          float by_output[V][GROUP], by_decay[V][GROUP], by_input[V][GROUP];
+#pragma unroll
+          for (int j = GROUP - 1; j >= 0; j--) {
+            const int t = i * GROUP + j;
+            float b[S], c[S];
+            read_map(b, map + t * N);
+            read_map(c, map + T * N + t * N);
+            float dmap[2][S];
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+              float dl = shared_by(delta[i][v], j), dr = shared_by(delta[i][v] * input[i][v], j);
+              float d = shared_by(dout[i][v], j);
+              by_output[v][j] = by_decay[v][j] = by_input[v][j] = 0.0f;
+#pragma unroll
+              for (int s = 0; s < S; s++) {
+                float& G = g[v][s];
+                G = fmaf(d, c[s], G);
+                if (GATED) by_output[v][j] = fmaf(h[t + 1][v][s], c[s], by_output[v][j]);
+                dmap[0][s] = v == 0 ? d * h[t + 1][v][s] : fmaf(d, h[t + 1][v][s], dmap[0][s]);
+                dmap[1][s] = v == 0 ? dr * G : fmaf(dr, G, dmap[1][s]);
+                by_input[v][j] = fmaf(G, b[s], by_input[v][j]);
+                G *= a[t][v][s];
+                float through = G * h[t][v][s];
+                dA[v][s] = fmaf(through, dl, dA[v][s]);
+                by_decay[v][j] = fmaf(through, A[v][s], by_decay[v][j]);
+              }
+            }
+#pragma unroll
+            for (int r = 2 * S - 1; r >= 0; r--) {
+              const int place = t * 2 * S + r, within_group = place % 16;
+              values[within_group] = dmap[r / S][r % S];
+              if (within_group == 15) channels.clear();
+              if (within_group % 4 == 0) {
+                float four[4] = {values[within_group], values[within_group + 1], values[within_group + 2],
+                                 values[within_group + 3]};
+                channels.add(within_group / 4, four);
+              }
+              if (within_group == 0) channels.finish(sum, place / 16);
+            }
+          }
+
+          float new_du[V], new_ddt[V], new_dz[V];
+#pragma unroll
+          for (int v = 0; v < V; v++) {
+            float through_input = owned_total(by_input[v]), through_decay = owned_total(by_decay[v]);
+            new_du[v] = fmaf(delta[i][v], through_input, skip[v] * dout[i][v]);
+            new_ddt[v] = fmaf(input[i][v], through_input, through_decay * LN2) * slope[i][v];
+            if (step + i * GROUP + own >= end) new_ddt[v] = 0.0f;
+            dskip[v] = fmaf(dout[i][v], input[i][v], dskip[v]);
+            dbias[v] += new_ddt[v];
+            if (GATED) new_dz[v] = dgate[i][v] * fmaf(skip[v], input[i][v], owned_total(by_output[v]));
+          }
+          int token = tokens[i * GROUP + own];
+          if (at.owner && step + i * GROUP + own < end && (!EMPTY || token >= 0)) {
+            Offset row = token * out_stride + out_within;
+            store<In, V>(du + row, new_du);
+            store<In, V>(ddt + row, new_ddt);
+            if (GATED) store<In, V>(dz + row, new_dz);
+          }
+        }
+
+        if (!EARLY && tile == 0 && segment > 0) kept_state(start, first + segment - SPACING);
+        if (more) travelling.put(maps[buffer ^ 1]);
+        __syncthreads();
+        release(sums[buffer][0], tokens, step);
+        now = next;
+      }
+    }
+  }
+
+  const long long channel_row = ((long long)at.row * p.chunks + at.chunk) * p.k * p.d + at.parameters(p);
+  if (at.active) {
+#pragma unroll
+    for (int v = 0; v < V; v++)
+#pragma unroll
+      for (int s = 0; s < S; s++) {
+        int state = q * S + s;
+        if (EXACT || state < p.n) p.dA[(channel_row + v) * p.n + state] = dA[v][s];
+      }
+  }
+#pragma unroll
+  for (int v = 0; v < V; v++)
+#pragma unroll
+    for (int w = SPREAD; w < SPREAD * GROUP; w *= 2) {
+      dskip[v] += from_xor(dskip[v], w);
+      dbias[v] += from_xor(dbias[v], w);
+    }
+  if (q == 0 && at.active) {
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      p.dD[channel_row + v] = dskip[v];
+      p.dbias[channel_row + v] = dbias[v];
+    }
+  }
+  if (p.dinitial && at.chunk == 0) write_state(g, p.dinitial, p, at);
+}

@@ -1,0 +1,275 @@
+// Shared by all kernels: arguments, which part of the problem a block owns, and how a tile of rows reaches it.
+//
+// Defined in front of this file, as constants, by `source` in _plan.py:
+//   In, Out   number formats of the tokens and of y
+//   N         states, padded to a power of two; EXACT: no padding
+//   LANES     threads that share a channel, each with S = N / LANES of its states
+//   V         neighbouring channels per thread, read as one word
+//   T         steps per tile: unrolled, and read one tile ahead
+//   THREADS   per block; BLOCKS: resident blocks that the register count must allow
+//   MAP_V     elements of B and C read as one word
+//   SPACING   steps between the states that the forward pass keeps for the backward pass
+//   SOFTPLUS, GATED   dt passes softplus; there is a gate z
+//   EMPTY     `order` may hold -1
+//   WIDE      a sample spans more than 4 GiB, so offsets within it need 64 bits
+//
+// Lanes: the LANES threads of a channel lie 32 / LANES apart, so neighbouring threads read neighbouring channels. What
+// costs the same for all states (loads, softplus, gate, stores) is divided among them: lane `q` *owns* the steps
+// q, q + LANES, q + 2 LANES, ... of a tile, and hands the step size to the others by shuffles. In a tile of fewer steps
+// than lanes, lanes T, T + 1, ... only repeat what lanes 0, 1, ... own.
+
+constexpr int S = N / LANES, SPREAD = 32 / LANES, WARPS = THREADS / 32;
+constexpr int GROUP = LANES < T ? LANES : T, OWN = T / GROUP;
+constexpr int CHANNELS = THREADS / LANES * V;  // per block
+// Within a sample. One 32-bit multiply-add per row: 64-bit addresses cost up to a quarter of the forward time.
+typedef Either<WIDE, u64, u32>::Type Offset;
+
+struct Strides {  // bytes
+  long long sample, token, direction;
+};
+
+// Mirrored by `_ARGS` in selective_scan.py.
+struct Args {
+  const char *u, *dt, *B, *C, *z, *dy;
+  const float *A, *D, *bias;
+  const int *order, *offsets;
+  const float *initial, *dfinal;
+  char *y, *du, *ddt, *dz, *dB, *dC;
+  float *final, *saved, *dA, *dD, *dbias, *dinitial;
+  float *carry, *carry_dt;  // per chunk: states, and the sum of its step sizes
+  Strides su, sdt, sB, sC, sz, sdy;
+  long long order_sample, order_direction;  // elements
+  long long map_block;                      // elements from one block's dB to the next's
+  int l, k, d, n, m, rows;
+  int chunk, chunks, grid_chunks;  // steps per chunk; chunks of a row; chunks that this launch covers
+  int blocks, slots;               // blocks per row of channels; kept states per (sample, direction)
+  float scale;                     // of dy: 1 / k for the mean over directions
+};
+
+// The part of the problem that a block owns: one row, one direction, one chunk of steps, CHANNELS channels.
+struct Place {
+  int row, direction, chunk, block, sample;
+  int first, last;  // steps of the whole row
+  int begin, end;   // steps of this chunk
+  int q, channel;   // this thread's lane within its channel, and its first channel
+  int own;          // its first own step of a tile
+  bool active, owner;
+
+  DEVICE Place of(const Args& p) {
+    Place at;
+    u32 id = blockIdx.x;
+    at.block = id % p.blocks, id /= p.blocks;
+    at.direction = id % p.k, id /= p.k;
+    at.chunk = id % p.grid_chunks;
+    at.row = id / p.grid_chunks;
+    at.sample = p.offsets ? 0 : at.row;
+    const int* cuts = p.offsets + (long long)at.direction * (p.rows + 1) + at.row;
+    at.first = p.offsets ? cuts[0] : 0;
+    at.last = p.offsets ? cuts[1] : p.m;
+    at.begin = at.first;
+    at.end = at.last;
+    int lane = threadIdx.x % 32;
+    at.q = lane / SPREAD;
+    at.channel = at.block * CHANNELS + (threadIdx.x / 32 * SPREAD + lane % SPREAD) * V;
+    at.own = at.q % GROUP;
+    at.active = at.channel < p.d;
+    at.owner = at.active && at.q < GROUP;
+    return at;
+  }
+
+  __device__ __forceinline__ void take_chunk(const Args& p) {
+    begin = min(first + chunk * p.chunk, last);
+    end = min(begin + p.chunk, last);
+  }
+
+  // Rows of threads beyond the last channel are read from the last channels: no branch, and nothing is stored.
+  __device__ __forceinline__ int readable(const Args& p) const { return min(channel, p.d - V); }
+
+  __device__ __forceinline__ long long parameters(const Args& p) const { return (long long)direction * p.d + readable(p); }
+
+  // Element of a `(row, direction, ...)` tensor of `size` per direction.
+  __device__ __forceinline__ long long state_row(const Args& p, long long size) const {
+    return ((long long)row * p.k + direction) * size;
+  }
+
+  // The first kept state of this row. Packed rows share one run of slots per direction, in which row r starts at
+  // first / SPACING + r: enough room whatever the lengths, and known without waiting for them.
+  __device__ __forceinline__ long long slot(const Args& p) const {
+    return p.offsets ? (long long)direction * p.slots + first / SPACING + row
+                     : ((long long)row * p.k + direction) * p.slots;
+  }
+};
+
+// Token rows of one tensor, for one sample and direction.
+struct Rows {
+  const char* base;
+  Offset stride;
+
+  DEVICE Rows of(const char* tensor, const Strides& s, const Place& at) {
+    return {tensor + at.sample * s.sample + at.direction * s.direction, (Offset)s.token};
+  }
+  template <typename E, int W> __device__ __forceinline__ Pack<E, W> get(int token, u32 within) const {
+    return load<E, W>(base + (token * stride + within));
+  }
+};
+
+// `(b, l, k, width)` outputs, contiguous.
+DEVICE char* output(const Args& p, char* tensor, const Place& at, int width, int bytes) {
+  return tensor + ((long long)at.sample * p.l * p.k + at.direction) * width * bytes;
+}
+
+// Tokens visited by `count` steps from `step`, into shared memory. Steps past the end repeat the last token: their
+// step size is set to zero, so what is read there has no effect.
+DEVICE int visited(const Args& p, const int* order, const Place& at, int step) {
+  return __ldg(order + max(min(step, at.last - 1), 0));
+}
+
+DEVICE const int* order_of(const Args& p, const Place& at) {
+  return p.order + at.sample * p.order_sample + at.direction * p.order_direction;
+}
+
+// B and C of one tile: raw in registers while they travel, float32 in shared memory [B, C][step][state], from where
+// every thread reads its states as 16-byte broadcasts.
+struct Maps {
+  static constexpr int EACH = T * N / MAP_V, PER = (2 * EACH + THREADS - 1) / THREADS;
+  Pack<In, MAP_V> raw[PER];
+
+  __device__ __forceinline__ void fetch(const Rows& B, const Rows& C, const int* tokens, int n) {
+#pragma unroll
+    for (int c = 0; c < PER; c++) {
+      int slot = c * THREADS + threadIdx.x;
+      raw[c] = Pack<In, MAP_V>::zero();
+      if (2 * EACH % THREADS == 0 || slot < 2 * EACH) {
+        int e = slot % EACH * MAP_V, token = tokens[e / N];
+        bool real = (EXACT || e % N < n) && (!EMPTY || token >= 0);
+        const char* base = slot < EACH ? B.base : C.base;
+        Offset stride = slot < EACH ? B.stride : C.stride;
+        if (real) raw[c] = load<In, MAP_V>(base + (token * stride + e % N * (u32)sizeof(typename In::Bits)));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put(float* maps) const {
+#pragma unroll
+    for (int c = 0; c < PER; c++) {
+      int slot = c * THREADS + threadIdx.x;
+      if (2 * EACH % THREADS == 0 || slot < 2 * EACH) {
+        float x[MAP_V];
+#pragma unroll
+        for (int v = 0; v < MAP_V; v++) x[v] = In::up(raw[c].x[v]);
+        float* to = maps + slot * MAP_V;
+        if constexpr (MAP_V % 4 == 0) {
+#pragma unroll
+          for (int v = 0; v < MAP_V; v += 4) *(float4*)(to + v) = make_float4(x[v], x[v + 1], x[v + 2], x[v + 3]);
+        } else {
+#pragma unroll
+          for (int v = 0; v < MAP_V; v++) to[v] = x[v];
+        }
+      }
+    }
+  }
+};
+
+// This thread's S states of one map at one step.
+DEVICE void read_map(float (&x)[S], const float* map) {
+  if constexpr (S % 4 == 0) {
+#pragma unroll
+    for (int s = 0; s < S; s += 4) {
+      float4 w = *(const float4*)(map + s);
+      x[s] = w.x, x[s + 1] = w.y, x[s + 2] = w.z, x[s + 3] = w.w;
+    }
+  } else {
+#pragma unroll
+    for (int s = 0; s < S; s++) x[s] = map[s];
+  }
+}
+
+// The value that lane `q` of this channel holds.
+DEVICE float shared_by(float x, int q) {
+  return LANES == 1 ? x : from_lane(x, threadIdx.x % SPREAD + q * SPREAD);
+}
+
+// Partial sums of a group of steps in every lane -> their totals, each in the lane that owns the step. Each exchange
+// halves the values: one shuffle per step.
+DEVICE float owned_total(float (&x)[GROUP]) {
+  const int q = threadIdx.x % 32 / SPREAD;
+#pragma unroll
+  for (int w = LANES / 2; w >= GROUP; w /= 2)
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) x[i] += from_xor(x[i], w * SPREAD);
+#pragma unroll
+  for (int w = GROUP / 2; w >= 1; w /= 2) {
+    bool upper = q & w;
+#pragma unroll
+    for (int i = 0; i < w; i++) {
+      float keep = upper ? x[i + w] : x[i], give = upper ? x[i] : x[i + w];
+      x[i] = keep + from_xor(give, w * SPREAD);
+    }
+  }
+  return x[0];
+}
+
+// Per-channel parameters; absent ones are zero.
+DEVICE void read_channels(float (&x)[V], const float* values, const Args& p, const Place& at) {
+#pragma unroll
+  for (int v = 0; v < V; v++) x[v] = values ? values[at.parameters(p) + v] : 0.0f;
+}
+
+// A * log2(e), so that a decay is one multiplication and one exp2.
+DEVICE void read_A(float (&A)[V][S], const Args& p, const Place& at) {
+#pragma unroll
+  for (int v = 0; v < V; v++)
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+      int state = at.q * S + s;
+      A[v][s] = EXACT || state < p.n ? p.A[(at.parameters(p) + v) * p.n + state] * LOG2E : 0.0f;
+    }
+}
+
+// A state `(row, direction, d, n)` as callers see it.
+DEVICE void read_state(float (&h)[V][S], const float* states, const Args& p, const Place& at) {
+  const float* from = states + (at.state_row(p, p.d) + at.readable(p)) * p.n;
+#pragma unroll
+  for (int v = 0; v < V; v++)
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+      int state = at.q * S + s;
+      h[v][s] = EXACT || state < p.n ? from[(long long)v * p.n + state] : 0.0f;
+    }
+}
+
+DEVICE void write_state(const float (&h)[V][S], float* states, const Args& p, const Place& at) {
+  float* to = states + (at.state_row(p, p.d) + at.channel) * p.n;
+#pragma unroll
+  for (int v = 0; v < V; v++)
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+      int state = at.q * S + s;
+      if (at.active && (EXACT || state < p.n)) to[(long long)v * p.n + state] = h[v][s];
+    }
+}
+
+// A state as the kernels keep it, `[slot][n][d]`: with channels last the accesses of a warp are contiguous (15 times
+// cheaper than `[slot][d][n]` in the forward pass).
+DEVICE void read_kept(float (&h)[V][S], const float* slot, const Args& p, const Place& at) {
+#pragma unroll
+  for (int s = 0; s < S; s++) {
+    int state = at.q * S + s;
+    bool real = EXACT || state < p.n;
+    Pack<Float, V> x = Pack<Float, V>::zero();
+    if (real) x = *(const Pack<Float, V>*)(slot + (long long)state * p.d + at.readable(p));
+#pragma unroll
+    for (int v = 0; v < V; v++) h[v][s] = x.x[v];
+  }
+}
+
+DEVICE void write_kept(const float (&h)[V][S], float* slot, const Args& p, const Place& at) {
+#pragma unroll
+  for (int s = 0; s < S; s++) {
+    int state = at.q * S + s;
+    float x[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) x[v] = h[v][s];
+    if (at.active && (EXACT || state < p.n)) store<Float, V>((char*)(slot + (long long)state * p.d + at.channel), x);
+  }
+}
