@@ -10,13 +10,15 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
+import mamba_zoo
+
 FREEZE = ("none", "backbone", "bn")
 
 
 def build_model(
     name: str,
     scan: str | None,
-    num_classes: int,
+    num_classes: int | None,
     in_chans: int,
     img_size: int | None,
     pretrained: bool,
@@ -30,20 +32,42 @@ def build_model(
         ValueError: an unknown name, or images the model cannot take.
         FileNotFoundError: no such `checkpoint_path`.
     """
-    import mamba_zoo
-
-    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained}
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    fixed = bool(cfg and cfg.fixed_input_size)
-    given = {"scan": scan, "checkpoint_path": checkpoint_path, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    options: dict[str, Any] = {"in_chans": in_chans, "pretrained": pretrained}
+    given = {
+        "num_classes": num_classes,
+        "scan": scan,
+        "checkpoint_path": checkpoint_path,
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+    }
     options |= {key: value for key, value in given.items() if value is not None}
-    if fixed and img_size is not None:
+    cfg = _cfg(name)
+    if img_size is not None and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = img_size
-    create = getattr(mamba_zoo, "create_model", timm.create_model)
-    net = create(name, **options)
-    size = img_size or (cfg.input_size[-1] if cfg else 224)
-    try_image(net, name, in_chans, size)
+    net = mamba_zoo.create_model(name, **options)
+    try_image(net, name, in_chans, image_input(name, img_size)[1])
     return net
+
+
+def image_input(name: str, size: int | None) -> tuple[int, int]:
+    """Channels and side of the images a model expects.
+
+    Args:
+        name: A model.
+        size: Side in pixels; None takes the model's, or 224 if it has none.
+
+    Raises:
+        ValueError: the model does not take images.
+    """
+    cfg = _cfg(name)
+    shape = cfg.input_size if cfg else None
+    if shape is not None and len(shape) != 3:
+        raise ValueError(f"{name} takes inputs of shape {tuple(shape)}, not images; choose an image model")
+    return (shape[0], size or shape[-1]) if shape else (3, size or 224)
+
+
+def _cfg(name: str) -> Any:
+    return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
 
 
 def try_image(net: nn.Module, name: str, in_chans: int, size: int) -> None:
@@ -90,7 +114,7 @@ def freeze_parts(net: nn.Module, mode: str) -> list[nn.Module]:
 
 
 def make_mixer(mixup: float, cutmix: float, label_smoothing: float, num_classes: int) -> Any:
-    """timm's mixup and cutmix, or None if both are off."""
+    """Timm's mixup and cutmix, or None if both are off."""
     if not mixup and not cutmix:
         return None
     from timm.data import Mixup

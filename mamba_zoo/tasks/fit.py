@@ -11,7 +11,6 @@ from typing import Any
 
 import jsonargparse
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -135,6 +134,7 @@ class FitCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(self.out, name="", version="")
         plugins = trainer["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        self.datamodule.seed_order(self.config.seed_everything)
         train = self.datamodule.split("train")
         steps = max(1, len(train) // min(self.datamodule.batch_size, len(train)))
         kwargs["log_every_n_steps"] = trainer["log_every_n_steps"] or min(50, steps)
