@@ -1,0 +1,217 @@
+"""The same model under several scan orders: equal budget, paired seeds, controls, and statistics that admit noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ._comparison import Comparison, Metric, analyse
+from ._image_runs import Trainer, image_trainer
+from ._run_store import RunStore, make_run
+from .environment import machine
+
+CONTROLS = ("random", "none")
+
+
+def orders(
+    model: str = "vmamba_mini",
+    data: Any = "digits",
+    scans: Sequence[Any] = ("cross", "hilbert", "snake"),
+    seeds: int | Sequence[int] = 3,
+    epochs: int = 20,
+    out: str | Path = "runs/compare",
+    controls: Sequence[str] = CONTROLS,
+    reference: str | None = None,
+    match_directions: bool = False,
+    metric: Metric | None = None,
+    alpha: float = 0.05,
+    data_options: Mapping[str, Any] | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    trainer_options: Mapping[str, Any] | None = None,
+    train: Trainer | None = None,
+    grid: tuple[int, ...] = (14, 14),
+    keep_checkpoints: bool = False,
+    progress: bool = True,
+) -> Comparison:
+    """Train `model` once for every order and seed, and say which differences are real.
+
+    Runs go seed by seed, each time through all orders, so that a partial comparison is already a balanced one. Each
+    finished run is kept under `out/runs`; called again with the same settings, only missing runs are trained, and
+    orders or seeds may be added. `out` also gets `results.csv` (one row a run), `summary.csv` (one row an order) and
+    `report.html`, a single file.
+
+    Args:
+        model: A model that takes a `scan`.
+        data: "digits", a folder of images, "torchvision:NAME", or an `ImageData`. With `train`, any text.
+        scans: Names or specs such as "window(2)", or `Scan` objects. A function must be registered first.
+        seeds: How many (0, 1, ...), or which. 3 find large differences only; the verdict says how large.
+        epochs: Budget of every run.
+        out: Folder of this comparison.
+        controls: "random": a shuffled order, another one for each seed, with as many directions as the reference.
+            "none": the model without any scan, its mixers reduced to what surrounds them.
+        reference: The order that all others are compared to; None is the first.
+        match_directions: Repeat the directions of orders that have fewer, so that all have the same number of
+            parameters. Otherwise orders run as they are published, and the report says where sizes differ.
+        metric: What to compare; None is the accuracy on the test set.
+        alpha: Error rate of all comparisons with the reference together.
+        data_options: Arguments of `ImageData` beside `root`, such as `{"batch_size": 128}`.
+        model_options: Arguments of `ImageClassifier`, such as `{"lr": 2e-3}`.
+        trainer_options: Arguments of Lightning's `Trainer`, such as `{"precision": "bf16-mixed"}`.
+        train: Instead of an image classifier: a function of (scan, seed, folder) that trains once and returns a mapping
+            with the metric and, where it has them, `curve` (pairs of epoch and validation score), `items` (score of
+            every test example, in a fixed order), `parameters`, `seconds`, `images_per_second`,
+            `inference_images_per_second` and `peak_memory_bytes`. What it depends on belongs into `model_options`.
+        grid: The grid on which the report draws and describes the orders.
+        keep_checkpoints: Keep the weights of finished runs too.
+        progress: Show what runs, and how long it will take.
+
+    Raises:
+        ValueError: an unknown order, fewer than two of them, or an `out` that holds runs with other settings.
+        KeyboardInterrupt: after Ctrl-C; a partial report is there, and calling again goes on.
+    """
+    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(operator.index(s) for s in seeds)
+    names, specs = _specs(scans, controls, seeds, reference, match_directions, grid)
+    controls = [c for c in controls if c in names]
+    reference = reference or names[0]
+    images = None if train is not None else _images(data, model, data_options)
+    store = RunStore(
+        out,
+        {
+            "model": model,
+            "data": dict(images.hparams) if images is not None else {"root": str(data), **(data_options or {})},
+            "epochs": epochs,
+            "match_directions": match_directions,
+            "model_options": dict(model_options or {}),
+            "trainer_options": dict(trainer_options or {}),
+            "random_directions": specs["random", seeds[0]][1] if "random" in controls else None,
+        },
+    )
+    plan = {
+        "scans": [n for n in names if n not in controls], "controls": controls, "seeds": list(seeds),
+        "reference": reference, "metric": dataclasses.asdict(metric or Metric()), "alpha": alpha, "grid": list(grid),
+    }  # fmt: skip
+    store.write_plan(plan)
+    if train is None:
+        train = image_trainer(model, images, epochs, model_options or {}, trainer_options or {}, keep_checkpoints)
+    try:
+        _train_missing(store, plan, specs, train, metric or Metric(), progress)
+    finally:
+        comparison = load(out)
+        from .report import write_all
+
+        write_all(comparison, store.out)
+    return comparison
+
+
+def load(out: str | Path) -> Comparison:
+    """The comparison in a folder, finished or not, without training anything.
+
+    Raises:
+        FileNotFoundError: `out` holds no comparison.
+        ValueError: one of its files is damaged.
+    """
+    store = RunStore.open(out)
+    plan = store.plan()
+    names = [*plan["scans"], *plan["controls"]]
+    runs = [run for name in names for seed in plan["seeds"] if (run := store.load(name, seed)) is not None]
+    settings = {**store.settings, "grid": plan["grid"]}
+    return analyse(
+        runs, plan["scans"], plan["controls"], plan["seeds"], plan["reference"], Metric(**plan["metric"]),
+        plan["alpha"], settings,
+    )  # fmt: skip
+
+
+def schedule(names: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    """Every (order, seed), seed by seed; each seed starts with another order, so that none always runs on a cold machine."""
+    turns = [i % len(names) for i in range(len(seeds))]
+    return [(name, s) for i, s in zip(turns, seeds, strict=True) for name in [*names[i:], *names[:i]]]
+
+
+def _train_missing(
+    store: RunStore, plan: Mapping[str, Any], specs: Mapping, train: Trainer, metric: Metric, progress: bool
+) -> None:
+    from ._progress import RunProgress
+
+    todo = schedule([*plan["scans"], *plan["controls"]], plan["seeds"])
+    missing = [pair for pair in todo if store.load(*pair) is None]
+    here = machine() if missing else {}
+    with RunProgress(len(todo), len(todo) - len(missing), progress and bool(missing)) as bar:
+        for name, seed in missing:
+            bar.start(name, seed)
+            spec, directions = specs[name, seed]
+            started = time.perf_counter()
+            metrics = dict(train(spec, seed, store.folder(name, seed)))
+            metrics.setdefault("seconds", time.perf_counter() - started)
+            metrics.setdefault("directions", directions)
+            run = make_run(metrics, name, seed, metric, here)
+            store.save(run)
+            bar.finish(name, seed, f"{metric.name} {metric.score(run.score)}")
+
+
+def _specs(
+    scans: Sequence[Any],
+    controls: Sequence[str],
+    seeds: Sequence[int],
+    reference: str | None,
+    match_directions: bool,
+    grid: tuple[int, ...],
+) -> tuple[list[str], dict[tuple[str, int], tuple[str, int | None]]]:
+    """Names in the table, and for each name and seed the spec to train and its number of directions."""
+    from mamba_zoo.scans import Scan, as_spec, build_scan
+
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds} must name at least one seed, and each once")
+    if unknown := [c for c in controls if c not in CONTROLS]:
+        raise ValueError(f"controls={tuple(controls)}: {unknown[0]!r} is unknown; choose from {', '.join(CONTROLS)}")
+    names: list[str] = []
+    for scan in scans:
+        if not isinstance(scan, str | Scan):
+            raise TypeError(
+                f"scans holds a {type(scan).__name__}; give names, specs or Scan objects. A function has no name that "
+                "a continued comparison could trust: register it with mamba_zoo.scans.register_scan"
+            )
+        names.append("none" if scan == "none" else as_spec(scan))
+    names += [c for c in controls if c not in names]
+    names = list(dict.fromkeys(names))
+    if len(names) < 2:
+        raise ValueError(f"scans={tuple(map(str, scans))} leaves nothing to compare; give two orders or more")
+    if reference is not None and reference not in names:
+        raise ValueError(f"reference={reference!r} is not among the orders {', '.join(names)}; add it to scans")
+    counts = {name: build_scan(name, *grid).k for name in names if name not in CONTROLS}
+    if not counts:
+        counts = {"": build_scan("random", *grid).k}
+    base = counts.get(reference or names[0], next(iter(counts.values())))
+    most = max(counts.values()) if match_directions else 0
+    specs: dict[tuple[str, int], tuple[str, int | None]] = {}
+    for name in names:
+        for seed in seeds:
+            if name == "none":
+                specs[name, seed] = (name, None)
+            elif name == "random":
+                k = max(base, most)
+                specs[name, seed] = (f"random(seed={seed}, k={k})", k)
+            else:
+                specs[name, seed] = (_repeated(name, counts[name], most), max(counts[name], most))
+    return names, specs
+
+
+def _repeated(spec: str, k: int, most: int) -> str:
+    """A spec with its `k` directions repeated until there are `most`."""
+    if k >= most:
+        return spec
+    whole = f"join({', '.join([spec] * -(-most // k))})"
+    return whole if most % k == 0 else f"first({whole}, {most})"
+
+
+def _images(data: Any, model: str, options: Mapping[str, Any] | None) -> Any:
+    from .image_data import ImageData
+
+    if isinstance(data, ImageData):
+        if options:
+            raise ValueError("data_options go with a name or folder; data is already an ImageData")
+        return data
+    return ImageData(str(data), model_name=model, **(options or {}))
