@@ -8,14 +8,23 @@ and then each tile, last first, is run once more with its states in registers an
 import triton
 import triton.language as tl
 
-from ._math import LN2, LOG2E, sigmoid, softplus_and_slope
+from ._math import LN2, LOG2E, sigmoid
 from ._tiles import (
-    END, in_state, in_tile, load_tile, load_tokens, per_channel, per_state, row_of_program, 
-    store_tile, together,
-)  # fmt: skip
+    in_state,
+    in_tile,
+    load_tile,
+    load_tokens,
+    over_channels,
+    per_channel,
+    per_state,
+    row_of_program,
+    step_size,
+    store_tile,
+    together,
+)
 
 INTEGERS = [
-    "l", "m", "k", "d", "blocks", "rows", "slots", "dB_block",
+    "l", "m", "k", "d", "blocks", "rows", "slots", "dB_block", "state_size",
     "order_b", "order_k", "u_b", "u_l", "u_k", "dt_b", "dt_l", "dt_k", "z_b", "z_l", "z_k", "dy_b", "dy_l", "dy_k",
     "B_b", "B_l", "B_k", "C_b", "C_l", "C_k",
 ]  # fmt: skip
@@ -36,7 +45,7 @@ def add_tile(base, tokens, stride, lanes, ok, value, WIDE: tl.constexpr, ATOMIC:
 def scan_backward(
     u, dt, A, B, C, D, z, bias, order, offsets, initial, saved, scratch, dy, dfinal,
     du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, scale,
-    l, m, k, d, blocks, rows, slots, dB_block,
+    l, m, k, d, blocks, rows, slots, dB_block, state_size,
     order_b, order_k, u_b, u_l, u_k, dt_b, dt_l, dt_k, z_b, z_l, z_k, dy_b, dy_l, dy_k,
     B_b, B_l, B_k, C_b, C_l, C_k,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, DL: tl.constexpr, T: tl.constexpr,
@@ -73,14 +82,14 @@ def scan_backward(
     skip = tl.load(D + direction * d + lane, mask=lane_ok, other=0.0)[None, :] if D is not None else 0.0
     in_row = (row * k + direction) * N * d
     saved += ((sample * k + direction) * slots + first // S) * N * d
-    in_scratch = (tl.arange(0, R)[:, None, None] * NP + state[None, :, None]) * DL + tl.arange(0, DL)[None, None, :]
-    scratch += tl.program_id(0).to(tl.int64) * ((S // T - 1) * NP * R * DL)
+    in_scratch = in_state(0, R * DL, NP, NP, R, DL)[0]
+    scratch += tl.program_id(0).to(tl.int64) * (S // T - 1) * state_size
 
     if dfinal is not None:
         g = tl.load(dfinal + in_row + in_h, mask=h_ok, other=0.0)
     else:
-        g = tl.zeros((R, NP, DL), tl.float32)
-    sum_A = tl.zeros((R, NP, DL), tl.float32)
+        g = tl.zeros((NP, R, DL), tl.float32)
+    sum_A = tl.zeros((NP, R, DL), tl.float32)
     sum_D = tl.zeros((T, R * DL), tl.float32)
     sum_bias = tl.zeros((T, R * DL), tl.float32)
 
@@ -89,10 +98,14 @@ def scan_backward(
     end = first + (tiles - 1) * T
     now = load_tokens(order, end, first, last, T)
     soon = load_tokens(order, end - T, first, last, T)
-    u_now = load_tile(u, now, u_l * V, lane, lane_ok, WIDE)
-    dt_now = load_tile(dt, now, dt_l * V, lane, lane_ok, WIDE)
-    dy_now = load_tile(dy, now, dy_l * V, lane, lane_ok, WIDE)
-    z_now = load_tile(z, now, z_l * V, lane, lane_ok, WIDE) if z is not None else u_now
+    x = load_tile(u, now, u_l * V, lane, lane_ok, WIDE).to(tl.float32)
+    delta = load_tile(dt, now, dt_l * V, lane, lane_ok, WIDE).to(tl.float32)
+    delta, slope = step_size(delta + shift, now, SOFTPLUS)
+    through = load_tile(dy, now, dy_l * V, lane, lane_ok, WIDE).to(tl.float32) * scale
+    gate, opened = through, through
+    if z is not None:
+        gate = load_tile(z, now, z_l * V, lane, lane_ok, WIDE).to(tl.float32)
+        opened = sigmoid(gate)
     B_now = load_tile(B, now, B_l * VN, state, state_ok, WIDE).to(tl.float32)
     C_now = load_tile(C, now, C_l * VN, state, state_ok, WIDE).to(tl.float32)
     for i in range(chunks):
@@ -103,21 +116,30 @@ def scan_backward(
         elif initial is not None:
             h = tl.load(initial + in_row + in_h, mask=h_ok, other=0.0)
         else:
-            h = tl.zeros((R, NP, DL), tl.float32)
+            h = tl.zeros((NP, R, DL), tl.float32)
         inside = tl.minimum(tiles - chunk * (S // T), S // T)
-        for q in range(inside - 1):
-            token = load_tokens(order, begin + q * T, first, last, T)
-            delta = load_tile(dt, token, dt_l * V, lane, lane_ok, WIDE).to(tl.float32) + shift
-            x = load_tile(u, token, u_l * V, lane, lane_ok, WIDE).to(tl.float32)
-            Bs = per_state(load_tile(B, token, B_l * VN, state, state_ok, WIDE).to(tl.float32))
-            tl.store(scratch + q * (NP * R * DL) + in_scratch, h)
-            if SOFTPLUS:
-                delta, _ = softplus_and_slope(delta)
-            deltas = per_channel(delta, R)
-            drives = per_channel(delta * x, R)
-            for j in tl.static_range(T):
-                h = tl.exp2(deltas[j][:, None, :] * A2) * h + drives[j][:, None, :] * Bs[j][:, :, None]
-        tl.debug_barrier()
+        if S > T:
+            token = load_tokens(order, begin, first, last, T)
+            ahead = load_tokens(order, begin + T, first, last, T)
+            x_fill = load_tile(u, token, u_l * V, lane, lane_ok, WIDE).to(tl.float32)
+            delta_fill = load_tile(dt, token, dt_l * V, lane, lane_ok, WIDE).to(tl.float32)
+            delta_fill, _ = step_size(delta_fill + shift, token, SOFTPLUS)
+            B_fill = load_tile(B, token, B_l * VN, state, state_ok, WIDE).to(tl.float32)
+            for q in range(inside - 1):
+                later = load_tokens(order, begin + (q + 2) * T, first, last, T)
+                u_next = load_tile(u, ahead, u_l * V, lane, lane_ok, WIDE)
+                dt_next = load_tile(dt, ahead, dt_l * V, lane, lane_ok, WIDE)
+                B_next = load_tile(B, ahead, B_l * VN, state, state_ok, WIDE)
+                tl.store(scratch + q * state_size + in_scratch, h)
+                deltas = per_channel(delta_fill, R)
+                drives = per_channel(delta_fill * x_fill, R)
+                Bs = per_state(B_fill)
+                for j in tl.static_range(T):
+                    h = tl.exp2(deltas[j][None] * A2) * h + drives[j][None] * Bs[j][:, :, None]
+                x_fill, B_fill = u_next.to(tl.float32), B_next.to(tl.float32)
+                delta_fill, _ = step_size(dt_next.to(tl.float32) + shift, ahead, SOFTPLUS)
+                ahead = later
+            tl.debug_barrier()
         for p in range(inside):
             q = inside - 1 - p
             start = begin + q * T
@@ -130,23 +152,12 @@ def scan_backward(
             B_next = load_tile(B, soon, B_l * VN, state, state_ok, WIDE)
             C_next = load_tile(C, soon, C_l * VN, state, state_ok, WIDE)
             if S > T:
-                h_next = tl.load(scratch + tl.maximum(q - 1, 0) * (NP * R * DL) + in_scratch)
+                h_next = tl.load(scratch + tl.maximum(q - 1, 0) * state_size + in_scratch)
             else:
                 h_next = h
 
-            delta = dt_now.to(tl.float32) + shift
-            slope = tl.full(delta.shape, 1.0, tl.float32)
-            if SOFTPLUS:
-                delta, slope = softplus_and_slope(delta)
-            alive = (now != END)[:, None]
-            delta = tl.where(alive, delta, 0.0)
-            slope = tl.where(alive, slope, 0.0)
-            x = u_now.to(tl.float32)
-            through = dy_now.to(tl.float32) * scale
-            gate, gated, opened = through, through, through
+            gated = through
             if z is not None:
-                gate = z_now.to(tl.float32)
-                opened = sigmoid(gate)
                 gated = through * gate * opened
             deltas = per_channel(delta, R)
             drives = per_channel(delta * x, R)
@@ -157,24 +168,24 @@ def scan_backward(
             hs = (h,)
             ys = ()
             for j in tl.static_range(T):
-                h = tl.exp2(deltas[j][:, None, :] * A2) * h + drives[j][:, None, :] * Bs[j][:, :, None]
+                h = tl.exp2(deltas[j][None] * A2) * h + drives[j][None] * Bs[j][:, :, None]
                 hs = hs + (h,)
                 if z is not None:
-                    ys = ys + (tl.sum(h * Cs[j][:, :, None], axis=1),)
+                    ys = ys + (tl.sum(h * Cs[j][:, :, None], axis=0),)
             dBs = ()
             dCs = ()
             by_drive = ()
             by_decay = ()
             for j in tl.static_range(T - 1, -1, -1):
-                dy_j = dys[j][:, None, :]
+                dy_j = dys[j][None]
                 g += dy_j * Cs[j][:, :, None]
                 dCs = (over_channels(dy_j * hs[j + 1]),) + dCs
-                dBs = (over_channels(drives[j][:, None, :] * g),) + dBs
-                by_drive = (tl.sum(g * Bs[j][:, :, None], axis=1),) + by_drive
-                g *= tl.exp2(deltas[j][:, None, :] * A2)
+                dBs = (over_channels(drives[j][None] * g),) + dBs
+                by_drive = (tl.sum(g * Bs[j][:, :, None], axis=0),) + by_drive
+                g *= tl.exp2(deltas[j][None] * A2)
                 decayed = g * hs[j]
-                sum_A += decayed * deltas[j][:, None, :]
-                by_decay = (tl.sum(decayed * A2, axis=1),) + by_decay
+                sum_A += decayed * deltas[j][None]
+                by_decay = (tl.sum(decayed * A2, axis=0),) + by_decay
 
             drive = together(by_drive, T)
             slope *= together(by_decay, T) * LN2 + drive * x
@@ -194,10 +205,19 @@ def scan_backward(
             add_tile(dB, now, k * N, state, state_ok, together(dBs, T), WIDE, ATOMIC)
             add_tile(dC, now, k * N, state, state_ok, together(dCs, T), WIDE, ATOMIC)
             h = h_next
-            now, soon = soon, later
-            u_now, dt_now, dy_now, z_now = u_next, dt_next, dy_next, z_next
+            # Prepared here and carried: within an iteration the compiler would repeat this work in every lane that
+            # shares a channel.
+            x = u_next.to(tl.float32)
+            delta, slope = step_size(dt_next.to(tl.float32) + shift, soon, SOFTPLUS)
+            through = dy_next.to(tl.float32) * scale
+            gate, opened = through, through
+            if z is not None:
+                gate = z_next.to(tl.float32)
+                opened = sigmoid(gate)
             B_now, C_now = B_next.to(tl.float32), C_next.to(tl.float32)
-        tl.debug_barrier()
+            now, soon = soon, later
+        if S > T:
+            tl.debug_barrier()
 
     tl.store(dA + in_row + in_h, sum_A, mask=h_ok)
     in_row = (row * k + direction) * d
@@ -207,9 +227,3 @@ def scan_backward(
         tl.store(dbias + in_row + lane, tl.sum(sum_bias, axis=0), mask=lane_ok)
     if initial is not None:
         tl.store(dinitial + in_row * N + in_h, g, mask=h_ok)
-
-
-@triton.jit
-def over_channels(x):
-    """The sum over channels of x (R, NP, DL), as a row (1, NP)."""
-    return tl.sum(tl.sum(x, axis=0), axis=1)[None, :]

@@ -1,16 +1,16 @@
 """The forward kernel of the selective scan.
 
 One program carries the states of `R * DL` channels of one direction of one row through all its steps, a tile of T
-steps at a time. The state has shape (R, NP, DL): channel `block * R * DL + r * DL + c`, state n, so that a lane holds
-NP states of a channel (or a part of them), and sums over n need few exchanges between lanes or none.
+steps at a time. The state has shape (NP, R, DL), of channel `block * R * DL + r * DL + c`: so a lane holds NP states of a
+channel (or a part of them), and sums over n need few exchanges between lanes or none.
 """
 
 import triton
 import triton.language as tl
 
-from ._math import LOG2E, sigmoid, softplus_and_slope
+from ._math import LOG2E, sigmoid
 from ._tiles import (
-    END, in_state, load_tile, load_tokens, per_channel, per_state, row_of_program, store_tile,
+    in_state, load_tile, load_tokens, per_channel, per_state, row_of_program, step_size, store_tile,
     together,
 )  # fmt: skip
 
@@ -57,7 +57,7 @@ def scan_forward(
     if initial is not None:
         h = tl.load(initial + in_row + in_h, mask=h_ok, other=0.0)
     else:
-        h = tl.zeros((R, NP, DL), tl.float32)
+        h = tl.zeros((NP, R, DL), tl.float32)
     if saved is not None:
         saved += ((sample * k + direction) * slots + first // S) * N * d
 
@@ -81,10 +81,7 @@ def scan_forward(
             if (done > 0) & (done % S == 0):
                 tl.store(saved + (done // S - 1).to(tl.int64) * N * d + in_h, h, mask=h_ok)
 
-        delta = dt_now.to(tl.float32) + shift
-        if SOFTPLUS:
-            delta, _ = softplus_and_slope(delta)
-        delta = tl.where((now != END)[:, None], delta, 0.0)
+        delta, _ = step_size(dt_now.to(tl.float32) + shift, now, SOFTPLUS)
         x = u_now.to(tl.float32)
         deltas = per_channel(delta, R)
         drives = per_channel(delta * x, R)
@@ -92,9 +89,9 @@ def scan_forward(
         Cs = per_state(C_now)
         outs = ()
         for j in tl.static_range(T):
-            a = tl.exp2(deltas[j][:, None, :] * A2)
-            h = a * h + drives[j][:, None, :] * Bs[j][:, :, None]
-            outs = outs + (tl.sum(h * Cs[j][:, :, None], axis=1),)
+            a = tl.exp2(deltas[j][None] * A2)
+            h = a * h + drives[j][None] * Bs[j][:, :, None]
+            outs = outs + (tl.sum(h * Cs[j][:, :, None], axis=0),)
         out = together(outs, T)
         if D is not None:
             out += skip * x

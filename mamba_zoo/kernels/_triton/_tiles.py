@@ -8,6 +8,8 @@ work when a channel's states are spread over lanes.
 import triton
 import triton.language as tl
 
+from ._math import softplus_and_slope
+
 # The token of a step outside the row's. -1 is an empty step, at which the state decays; outside it must not.
 END: tl.constexpr = tl.constexpr(-2)
 
@@ -55,6 +57,16 @@ def store_tile(base, tokens, stride, lanes, ok, value, WIDE: tl.constexpr):
     """Write rows (T, lanes) to their tokens; empty steps have none."""
     mask = (tokens >= 0)[:, None] & ok[None, :]
     tl.store(base + in_tile(tokens, stride, lanes, WIDE), value, mask=mask)
+
+
+@triton.jit
+def step_size(dt, tokens, SOFTPLUS: tl.constexpr):
+    """Step sizes (T, lanes) and their derivative in `dt`; both 0 outside the row's steps, so that nothing decays."""
+    slope = tl.full(dt.shape, 1.0, tl.float32)
+    if SOFTPLUS:
+        dt, slope = softplus_and_slope(dt)
+    alive = (tokens != END)[:, None]
+    return tl.where(alive, dt, 0.0), tl.where(alive, slope, 0.0)
 
 
 @triton.jit
@@ -114,20 +126,26 @@ def per_channel(x, R: tl.constexpr):
 
 @triton.jit
 def per_state(x):
-    """A tile (T, NP) taken apart into T rows (1, NP)."""
-    return unstack(tl.reshape(x, (x.shape[0], 1, x.shape[1])))
+    """A tile (T, NP) taken apart into T rows (NP, 1)."""
+    return unstack(tl.reshape(x, (x.shape[0], x.shape[1], 1)))
 
 
 @triton.jit
 def together(rows, T: tl.constexpr):
-    """T rows (R, DL) as a tile (T, R * DL)."""
+    """T rows (a, b) as a tile (T, a * b)."""
     x = stack(rows, T)
     return tl.reshape(x, (T, x.shape[1] * x.shape[2]))
 
 
 @triton.jit
 def in_state(block, d, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, DL: tl.constexpr):
-    """Offsets (R, NP, DL) of a state in memory (n, d), and which of them exist."""
-    n = tl.arange(0, NP)[None, :, None]
-    channel = block * (R * DL) + tl.arange(0, R)[:, None, None] * DL + tl.arange(0, DL)[None, None, :]
+    """Offsets (NP, R, DL) of a state in memory (n, d), and which of them exist."""
+    n = tl.arange(0, NP)[:, None, None]
+    channel = block * (R * DL) + tl.arange(0, R)[None, :, None] * DL + tl.arange(0, DL)[None, None, :]
     return n * d + channel, (n < N) & (channel < d)
+
+
+@triton.jit
+def over_channels(x):
+    """The sum over channels of x (NP, R, DL), as a row (NP, 1)."""
+    return tl.sum(tl.sum(x, axis=1), axis=1)[:, None]

@@ -110,6 +110,7 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
             x.u, x.dt, x.A, x.B, x.C, x.D, x.z, x.bias, s.order, s.offsets, x.initial, saved, scratch, dy, dfinal,
             du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, 1.0 / s.k if s.reduce == "mean" else 1.0,
             s.l, s.m, s.k, s.d, blocks, s.states, s.m // _spacing(s.n), 0 if atomic else dB[0].numel(),
+            block * _power_of_two(s.n),
             *x.order_strides, *strides(x.u, x.width), *strides(x.dt, x.width), *strides(_or(x.z, x.u), x.width),
             *strides(dy, x.width), *strides(x.B, x.state_width), *strides(x.C, x.state_width),
             SOFTPLUS=s.dt_softplus, N=s.n, NP=_power_of_two(s.n), R=shape.groups, DL=shape.lanes, T=shape.steps,
