@@ -24,12 +24,14 @@ from ._simd import (
     load,
     load_i32,
     load_i64,
+    quarter_sums,
     sigmoid,
     softplus,
     splat,
     store,
     store_f32,
     store_i64,
+    store_quarters,
     zeros,
 )
 
@@ -47,23 +49,23 @@ ROWS = 9  # vectors a step of a tile: delta, drive, u, dy, y, slope, three sums
 
 def scratch_floats(n: int, width: int) -> int:
     """Scratch memory of one thread for `n` states and `width` blocks in an item."""
-    tile = ROWS + 2 * 4 + 2 * n
+    tile = ROWS + 2 * 4 + 2 * (n // 4 + n % 4)
     return W * (width * (3 * n + 2) + 4 + TILE * tile) + 4 * TILE
 
 
 @njit
-def four_states(h, A, g, dA, delta, drive, dy, y, into, through, decays, states, dB, dC, maps, steps, j, n, fresh):
+def four_states(h, A, g, dA, delta, drive, dy, y, into, through, decays, states, dB, dC, maps, steps, j, sums, fresh):
     """Recompute states j to j + 3 over a tile, then walk back; memory of states is at state j.
 
-    `into` receives dL/d(drive) of every step, `through` dL/d(delta) by the decay; `dB` and `dC` are `(steps, n)` vectors
-    that are overwritten if `fresh`.
+    `into` receives dL/d(drive) of every step, `through` dL/d(delta) by the decay. The four states share a vector of
+    partial sums in `dB` and `dC`, which lie `sums` bytes apart from step to step and are overwritten if `fresh`.
     """
     h0, h1, h2, h3 = load(h), load(h + V), load(h + 2 * V), load(h + 3 * V)
     A0, A1, A2, A3 = load(A), load(A + V), load(A + 2 * V), load(A + 3 * V)
     for t in range(steps):
         step, x, out = load(delta + V * t), load(drive + V * t), load(dy + V * t)
         B, C = load_i64(maps + 16 * t) + 4 * j, load_i64(maps + 16 * t + 8) + 4 * j
-        at, to = 4 * V * t, V * (t * n + j)
+        at, to = 4 * V * t, sums * t
         a0, a1, a2, a3 = exp2(step * A0), exp2(step * A1), exp2(step * A2), exp2(step * A3)
         store(decays + at, a0)
         store(decays + at + V, a1)
@@ -80,37 +82,21 @@ def four_states(h, A, g, dA, delta, drive, dy, y, into, through, decays, states,
         low = load(y + V * t) + h0 * broadcast(C) + h1 * broadcast(C + 4)
         high = h2 * broadcast(C + 8) + h3 * broadcast(C + 12)
         store(y + V * t, low + high)
-        if fresh:
-            store(dC + to, h0 * out)
-            store(dC + to + V, h1 * out)
-            store(dC + to + 2 * V, h2 * out)
-            store(dC + to + 3 * V, h3 * out)
-        else:
-            store(dC + to, load(dC + to) + h0 * out)
-            store(dC + to + V, load(dC + to + V) + h1 * out)
-            store(dC + to + 2 * V, load(dC + to + 2 * V) + h2 * out)
-            store(dC + to + 3 * V, load(dC + to + 3 * V) + h3 * out)
+        part = quarter_sums(h0 * out, h1 * out, h2 * out, h3 * out)
+        store(dC + to, part if fresh else load(dC + to) + part)
     g0, g1, g2, g3 = load(g), load(g + V), load(g + 2 * V), load(g + 3 * V)
     d0, d1, d2, d3 = load(dA), load(dA + V), load(dA + 2 * V), load(dA + 3 * V)
     for back in range(steps):
         t = steps - 1 - back
         step, x, out = load(delta + V * t), load(drive + V * t), load(dy + V * t)
         B, C = load_i64(maps + 16 * t) + 4 * j, load_i64(maps + 16 * t + 8) + 4 * j
-        at, to = 4 * V * t, V * (t * n + j)
+        at, to = 4 * V * t, sums * t
         g0 = g0 + out * broadcast(C)
         g1 = g1 + out * broadcast(C + 4)
         g2 = g2 + out * broadcast(C + 8)
         g3 = g3 + out * broadcast(C + 12)
-        if fresh:
-            store(dB + to, g0 * x)
-            store(dB + to + V, g1 * x)
-            store(dB + to + 2 * V, g2 * x)
-            store(dB + to + 3 * V, g3 * x)
-        else:
-            store(dB + to, load(dB + to) + g0 * x)
-            store(dB + to + V, load(dB + to + V) + g1 * x)
-            store(dB + to + 2 * V, load(dB + to + 2 * V) + g2 * x)
-            store(dB + to + 3 * V, load(dB + to + 3 * V) + g3 * x)
+        part = quarter_sums(g0 * x, g1 * x, g2 * x, g3 * x)
+        store(dB + to, part if fresh else load(dB + to) + part)
         low = load(into + V * t) + g0 * broadcast(B) + g1 * broadcast(B + 4)
         store(into + V * t, low + (g2 * broadcast(B + 8) + g3 * broadcast(B + 12)))
         g0, g1 = g0 * load(decays + at), g1 * load(decays + at + V)
@@ -130,12 +116,12 @@ def four_states(h, A, g, dA, delta, drive, dy, y, into, through, decays, states,
 
 
 @njit
-def one_state(h, A, g, dA, delta, drive, dy, y, into, through, decays, states, dB, dC, maps, steps, j, n, fresh):
+def one_state(h, A, g, dA, delta, drive, dy, y, into, through, decays, states, dB, dC, maps, steps, j, sums, fresh):
     """`four_states` for state j alone."""
     h0, A0 = load(h), load(A)
     for t in range(steps):
         B, C = load_i64(maps + 16 * t) + 4 * j, load_i64(maps + 16 * t + 8) + 4 * j
-        to = V * (t * n + j)
+        to = sums * t
         a0 = exp2(load(delta + V * t) * A0)
         store(decays + V * t, a0)
         store(states + V * t, h0)
@@ -147,7 +133,7 @@ def one_state(h, A, g, dA, delta, drive, dy, y, into, through, decays, states, d
     for back in range(steps):
         t = steps - 1 - back
         B, C = load_i64(maps + 16 * t) + 4 * j, load_i64(maps + 16 * t + 8) + 4 * j
-        to = V * (t * n + j)
+        to = sums * t
         g0 = g0 + load(dy + V * t) * broadcast(C)
         part = g0 * load(drive + V * t)
         store(dB + to, part if fresh else load(dB + to) + part)
@@ -184,8 +170,9 @@ def scan_backward(pointer, scratch):
     decays = ungated + V * TILE
     states = decays + 4 * V * TILE
     dB = states + 4 * V * TILE
-    dC = dB + V * n * TILE
-    maps = dC + V * n * TILE
+    sums = V * (n // 4 + n % 4)
+    dC = dB + sums * TILE
+    maps = dC + sums * TILE
     scale = splat(np.float32(1.0 / k if a.mean else 1.0))
     ln2 = splat(np.float32(1.0 / LOG2E))
     one = splat(np.float32(1.0))
@@ -221,7 +208,7 @@ def scan_backward(pointer, scratch):
                 B = a.B + sample * a.B_b + direction * a.B_k
                 C = a.C + sample * a.C_b + direction * a.C_k
                 # Sums over channels go to (groups, b, l, k, n).
-                sums = (((group * a.b + sample) * a.l) * k + direction) * 4 * n
+                maps_out = (((group * a.b + sample) * a.l) * k + direction) * 4 * n
                 add_u = a.share_u and (direction > 0 or not a.complete)
                 add_z = a.share_z and (direction > 0 or not a.complete)
                 tiles = (last - first + TILE - 1) // TILE
@@ -271,16 +258,16 @@ def scan_backward(pointer, scratch):
                         A, g, dA = all_A + V * n * w, all_g + V * n * w, all_dA + V * n * w
                         fresh = w == 0
                         for j in range(0, n - 3, 4):
-                            at = V * j
+                            at, to = V * j, V * (j // 4)
                             four_states(
                                 h + at, A + at, g + at, dA + at, delta, drive, dy, y, into, through, decays, states,
-                                dB, dC, maps, steps, j, n, fresh,
+                                dB + to, dC + to, maps, steps, j, sums, fresh,
                             )  # fmt: skip
-                        for j in range(n // 4 * 4, n):
-                            at = V * j
+                        for j in range(n - n % 4, n):
+                            at, to = V * j, V * (n // 4 + j % 4)
                             one_state(
                                 h + at, A + at, g + at, dA + at, delta, drive, dy, y, into, through, decays, states,
-                                dB, dC, maps, steps, j, n, fresh,
+                                dB + to, dC + to, maps, steps, j, sums, fresh,
                             )  # fmt: skip
                         sum_D, sum_bias = load(all_dD + V * w), load(all_dbias + V * w)
                         for t in range(steps):
@@ -309,10 +296,14 @@ def scan_backward(pointer, scratch):
                     for t in range(steps):
                         i = load_i32(visits + 4 * (start + t))
                         if i >= 0:
-                            to = sums + i * k * 4 * n
-                            for j in range(n):
-                                store_f32(a.dB + to + 4 * j, lane_sum(load(dB + V * (t * n + j))))
-                                store_f32(a.dC + to + 4 * j, lane_sum(load(dC + V * (t * n + j))))
+                            to, source = maps_out + i * k * 4 * n, sums * t
+                            for j in range(n // 4):
+                                store_quarters(a.dB + to + 16 * j, load(dB + source + V * j))
+                                store_quarters(a.dC + to + 16 * j, load(dC + source + V * j))
+                            for j in range(n % 4):
+                                at, source = to + 4 * (n - n % 4 + j), sums * t + V * (n // 4 + j)
+                                store_f32(a.dB + at, lane_sum(load(dB + source)))
+                                store_f32(a.dC + at, lane_sum(load(dC + source)))
                 for block in range(block_first, block_last):
                     w, c = block - block_first, block * W
                     if a.dinitial:

@@ -267,6 +267,45 @@ def lane_sum(typingctx, value):
     return types.float32(vec), codegen
 
 
+def _pick(builder, a, b, lanes):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+@intrinsic
+def quarter_sums(typingctx, a, b, c, d):
+    """One vector of four quarters: `a` folded to W / 4 partial sums, then `b`, `c` and `d`."""
+
+    def codegen(context, builder, signature, args):
+        def add(*parts):
+            return builder.fadd(*parts)
+
+        a, b, c, d = args
+        half, quarter = W // 2, W // 4
+        low, high = [*range(half), *range(W, W + half)], [*range(half, W), *range(W + half, 2 * W)]
+        ab, cd = (add(_pick(builder, x, y, low), _pick(builder, x, y, high)) for x, y in ((a, b), (c, d)))
+        even = [lane for start in range(0, 2 * W, half) for lane in range(start, start + quarter)]
+        odd = [lane + quarter for lane in even]
+        return add(_pick(builder, ab, cd, even), _pick(builder, ab, cd, odd))
+
+    return vec(vec, vec, vec, vec), codegen
+
+
+@intrinsic
+def store_quarters(typingctx, address, value):
+    """Write four floats: the sum of each quarter of a vector."""
+
+    def codegen(context, builder, signature, args):
+        total, width = args[1], W // 4
+        while width > 1:
+            width //= 2
+            total = builder.fadd(total, _pick(builder, total, total, [lane ^ width for lane in range(W)]))
+        four = _pick(builder, total, total, list(range(0, W, W // 4)))
+        builder.store(four, _pointer(builder, args[0], four.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vec), codegen
+
+
 @intrinsic
 def exp2(typingctx, x):
     """2^x, relative error 2e-7; x is clamped to [-126, 127.49]."""

@@ -55,13 +55,13 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
     du, ddt = make(s.u.shape), make(s.dt.shape)
     dz = None if s.z is None else make(s.z.shape)
     dinitial = None if s.initial_state is None else torch.empty(s.initial_state.shape)
-    row_groups, width = _cut(s)
+    share_u, share_z = s.u.dim() == 3, s.z is not None and s.z.dim() == 3
+    split = s.k == 1 or not (share_u or share_z)
+    row_groups, width = _cut(s, split)
     groups = -(-_blocks(s) // width)
     dB, dC = (make(groups, *s.B.shape) for _ in range(2))
     dA = torch.empty(row_groups, *s.A.shape)
     dD, dbias = (torch.empty(row_groups, s.k, s.d) for _ in range(2))
-    share_u, share_z = s.u.dim() == 3, s.z is not None and s.z.dim() == 3
-    split = s.k == 1 or not (share_u or share_z)
     zeros = torch.zeros(s.n)
     kernel(
         items=row_groups * groups * (s.k if split else 1), scratch_floats=scratch_floats(s.n, width),
@@ -79,9 +79,11 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
     return {name: grads[name].to(x.dtype) for name, x in s.differentiable().items()}
 
 
-def _cut(s: ScanArgs) -> tuple[int, int]:
-    """Row groups and channel blocks per work item of the backward: by shape alone, so that results are too."""
-    return min(s.states, 32), max(1, min(_blocks(s), 4))
+def _cut(s: ScanArgs, split: bool) -> tuple[int, int]:
+    """Groups of rows, and channel blocks per work item, of the backward: by shape alone, so that results are too."""
+    row_groups = min(s.states, 32)
+    wanted = -(-16 // (row_groups * (s.k if split else 1)))  # enough items for a laptop's cores
+    return row_groups, -(-_blocks(s) // wanted)
 
 
 def address(x: Tensor | None) -> int:
