@@ -33,6 +33,14 @@ class MapConv(nn.Conv2d):
         return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class MapBatchNorm(nn.BatchNorm2d):
+    """Batch norm of channels-last maps `(b, h, w, c)`; nothing is copied to get there."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(b, h, w, c)` to the same shape."""
+        return super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 class ConvStem(nn.Module):
     """Two 3x3 convolutions, each normed, with GELU in between: the stem of VMamba's second version.
 

@@ -124,15 +124,15 @@ def build_model(
     name: str,
     pretrained: bool,
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
-    out_indices: tuple[int, ...] = (0, 1, 2, 3),
+    taps: tuple[int, ...] = (0, 1, 2, 3),
     **kwargs: Any,
 ) -> Model:
-    """`build_with_weights`; `features_only=True` gives the outputs of `out_indices` as NCHW maps."""
+    """`build_with_weights`; `features_only=True` gives NCHW maps of `out_indices`, else of `taps`."""
     return build_with_weights(
         cls,
         name,
         pretrained,
         filter_fn=filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": taps, "feature_cls": "getter"},
         **kwargs,
     )

@@ -113,7 +113,7 @@ class Vim(Tokens):
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
         for layer in (self.patch_embed.proj, self.head):
-            if isinstance(layer.bias, Tensor):
+            if isinstance(getattr(layer, "bias", None), Tensor):
                 nn.init.zeros_(layer.bias)
         for module in self.modules():
             if isinstance(module, Mamba):
@@ -200,7 +200,7 @@ def _vim(size: str, file: str, params: int, top1: float, drop_path: float | None
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> Vim:
-    return build_model(Vim, name, pretrained, checkpoint_filter_fn, out_indices=(-4, -3, -2, -1), **kwargs)
+    return build_model(Vim, name, pretrained, checkpoint_filter_fn, taps=(-4, -3, -2, -1), **kwargs)
 
 
 @register(_vim("tiny", "vim_t_midclstok_76p1acc.pth", 7_148_008, 76.1, 0.0), tag="in1k", **_CFG)

@@ -264,4 +264,4 @@ def vmamba_base_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
 def vmamba_mini(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """A small VMamba of our own for images of 8 to 64 pixels: patches of 2, three stages, 0.4 M parameters."""
     args = {"depths": (2, 2, 2), "dims": 32, "mlp_ratio": 2.0, "patch_size": 2, **kwargs}
-    return _build("vmamba_mini", pretrained, out_indices=(0, 1, 2), **args)
+    return _build("vmamba_mini", pretrained, taps=(0, 1, 2), **args)

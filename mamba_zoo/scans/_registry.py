@@ -162,8 +162,7 @@ def scan_order(spec: str, size: tuple[int, ...], device: torch.device | str) -> 
     """The table `(k, m)` int32 for the kernels: `build_scan(spec, *size).order`, made once per grid and device.
 
     For use in `forward`: works under `torch.compile(fullgraph=True)`, `torch.export`, `FakeTensorMode` and on "meta". A
-    compiled graph holds the table as a constant and is specialised to the grid, not to the batch. The tensor is shared:
-    do not write to it.
+    compiled graph is specialised to the grid, not to the batch. The tensor is shared: do not write to it.
 
     Args:
         spec: From `as_spec`.
@@ -171,18 +170,24 @@ def scan_order(spec: str, size: tuple[int, ...], device: torch.device | str) -> 
         device: Of the table.
     """
     # index() turns the symbolic sizes of a dynamic graph into numbers, with a guard; int() would not.
-    return _constant_table(spec, tuple(operator.index(s) for s in size), device)
-
-
-def _constant_table(spec: str, size: tuple[int, ...], device: torch.device | str) -> Tensor:
-    device = torch.device(device)
+    size = tuple(operator.index(s) for s in size)
+    if torch.compiler.is_compiling():
+        return _order_op(spec, list(size), torch.device(device))
     if _get_current_dispatch_mode() is not None:  # fake tensors or tracing: nothing made here may outlive the mode
         return torch.from_numpy(_int32(spec, size).copy()).to(device)
-    return _table(spec, size, device)
+    return _table(spec, size, torch.device(device))
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import all of dynamo along with mamba_zoo.
-_constant_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# An op, because dynamo's constants (assume_constant_result) go wrong with a second table of another size in a graph:
+# it knows them by the name of the function, and takes the new size for a dynamic one.
+@torch.library.custom_op("mamba_zoo::scan_order", mutates_args=())
+def _order_op(spec: str, size: list[int], device: torch.device) -> Tensor:
+    return _table(spec, tuple(size), device).clone()  # a graph may reuse the memory of what an op returns
+
+
+@_order_op.register_fake
+def _(spec, size, device):
+    return torch.empty(_int32(spec, tuple(size)).shape, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=128)
