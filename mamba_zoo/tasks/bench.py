@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mamba_zoo
+
+from .building import build_model, image_input
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WARMUP, _LEAST, _MOST = 2, 5, 50
@@ -86,7 +89,7 @@ def bench_model(
     """
     device = x.device
 
-    def cast() -> contextlib.AbstractContextManager[None]:
+    def cast() -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
     def infer() -> None:
@@ -128,13 +131,14 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("batch-size must be at least 1 and seconds above 0")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     batch = args.batch_size or (64 if device.type == "cuda" else 1)
-    # Built by the task, so that the size is checked as for training.
-    from .building import build_model, image_input
-
     channels, size = image_input(args.name, args.image_size)
     model = build_model(args.name, args.scan, 1000, channels, args.image_size, False, None, None, None).to(device)
     found = bench_model(
-        model, torch.rand(batch, channels, size, size, device=device), _DTYPES[args.dtype], not args.no_train, args.seconds
+        model,
+        torch.rand(batch, channels, size, size, device=device),
+        _DTYPES[args.dtype],
+        not args.no_train,
+        args.seconds,
     )
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     facts = {
@@ -158,7 +162,9 @@ def main(argv: Sequence[str]) -> int:
         column.justify = "right"
     for key, t in found.items():
         memory = "" if t.peak_memory_bytes is None else f"{t.peak_memory_bytes / 2**30:.2f} GiB"
-        table.add_row(key, f"{t.milliseconds:.2f}", f"{t.spread:.1%}", f"{t.images_per_second:,.1f}", memory, str(t.steps))
+        table.add_row(
+            key, f"{t.milliseconds:.2f}", f"{t.spread:.1%}", f"{t.images_per_second:,.1f}", memory, str(t.steps)
+        )
     threads = "" if device.type == "cuda" else f", {facts['threads']} threads"
     console.print(
         f"{args.name}, {facts['parameters'] / 1e6:.1f} M parameters, {batch} x {size}x{size}, {args.dtype}\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -83,7 +83,7 @@ def try_image(net: nn.Module, name: str, in_chans: int, size: int) -> None:
         side = max(patch) if isinstance(patch, (tuple, list)) else patch
         why = f"smaller than its patch of {side} pixels" if isinstance(side, int) and side > size else str(error)
         raise ValueError(
-            f"{name} cannot take images of {size}x{size} pixels ({why}); give a larger data.image_size, or another model"
+            f"{name} cannot take images of {size}x{size} pixels ({why}); give a larger image_size or another model"
         ) from error
     finally:
         net.train(was_training)
@@ -104,7 +104,7 @@ def freeze_parts(net: nn.Module, mode: str) -> list[nn.Module]:
         for norm in norms:
             norm.requires_grad_(False)
         return norms
-    head = net.get_classifier() if hasattr(net, "get_classifier") else None
+    head: Any = cast(Any, net).get_classifier() if hasattr(net, "get_classifier") else None
     keep = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
     if not keep:
         raise ValueError("freeze='backbone' needs a model with a classifier; this one has none")
@@ -117,7 +117,7 @@ def make_mixer(mixup: float, cutmix: float, label_smoothing: float, num_classes:
     """Timm's mixup and cutmix, or None if both are off."""
     if not mixup and not cutmix:
         return None
-    from timm.data import Mixup
+    from timm.data.mixup import Mixup
 
     return Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
 

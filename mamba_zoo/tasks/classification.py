@@ -96,7 +96,8 @@ class ImageClassifier(LightningModule):
         self._frozen = freeze_parts(self.net, freeze)
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.mix = make_mixer(mixup, cutmix, label_smoothing, num_classes)
-        self.metrics = nn.ModuleDict({f"{split}_": classification_metrics(num_classes, split) for split in ("val", "test")})
+        self.val_metrics = classification_metrics(num_classes, "val")
+        self.test_metrics = classification_metrics(num_classes, "test")
         self.confusion = MulticlassConfusionMatrix(num_classes)
         # Outside the module tree: its eval mode and its copies of the parameters are nobody else's business.
         self._ema: list[Any] = []
@@ -177,14 +178,14 @@ class ImageClassifier(LightningModule):
         x, y = batch
         scores = self.inference_net(x).float()
         self.log(f"{split}/loss", F.cross_entropy(scores, y), on_epoch=True, batch_size=len(x), sync_dist=True)
-        metrics = self.metrics[f"{split}_"]
+        metrics = self.val_metrics if split == "val" else self.test_metrics
         metrics.update(scores, y)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(x))
         return scores
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer over exempt and decayed parameters, and the rate of every step."""
-        from timm.optim import create_optimizer_v2
+        from timm.optim._optim_factory import create_optimizer_v2
 
         groups = parameter_groups(self.net, self.lr, self.weight_decay, self.layer_decay, self.recipe, self.name)
         optimizer = create_optimizer_v2(groups, opt=self.opt, lr=self.lr, weight_decay=self.weight_decay)
@@ -225,6 +226,6 @@ class ImageClassifier(LightningModule):
             self._ema_step = int(checkpoint["global_step"])
 
     def _make_ema(self) -> None:
-        from timm.utils import ModelEmaV3
+        from timm.utils.model_ema import ModelEmaV3
 
         self._ema[:] = [ModelEmaV3(self.net, decay=self.ema_decay or 0.999, use_warmup=True)]

@@ -1,9 +1,10 @@
-"""Randomness that depends on the seed and the epoch alone, so that an interrupted run continues as if it had not been."""
+"""Randomness that depends on seed and epoch alone, so that an interrupted run continues as if it had not been."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,12 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Sampler
 
 _STRIDE = 1_000_003  # a prime, so that (seed, epoch, rank) of nearby runs do not meet
+
+
+def epoch_number(trainer: Trainer) -> int:
+    """Epochs whose training is complete, which does not count the one that runs."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed
 
 
 class EpochShuffle(Sampler[int]):
@@ -43,7 +50,7 @@ class EpochLoader(DataLoader):
     start there would shuffle and augment with the wrong seed.
     """
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         """Batches of one epoch."""
         yield from super().__iter__()
 
@@ -60,7 +67,7 @@ class EpochSeed(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seed `random`, numpy and torch."""
-        value = ((self.seed * _STRIDE + trainer.fit_loop.epoch_progress.current.processed) * 1009 + trainer.global_rank)
+        value = (self.seed * _STRIDE + epoch_number(trainer)) * 1009 + trainer.global_rank
         value %= 2**32
         random.seed(value)
         np.random.seed(value)  # timm's augmentation and mixup draw from numpy's global generator

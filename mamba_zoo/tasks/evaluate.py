@@ -36,7 +36,9 @@ def test_main(argv: Sequence[str]) -> int:
         "was trained on",
     )
     parser.add_argument("--split", choices=("test", "val"), default="test", help="part to score (default: test)")
-    parser.add_argument("--out", type=Path, help="folder of test.json and confusion.png; default: that of the checkpoint")
+    parser.add_argument(
+        "--out", type=Path, help="folder of test.json and confusion.png; default: that of the checkpoint"
+    )
     args = parser.parse_args(argv)
     model = ImageClassifier.from_checkpoint(args.checkpoint)
     images = _labelled(model, args)
@@ -135,7 +137,9 @@ def _row(path: Path, probabilities: Tensor, names: Sequence[str], top: int) -> d
 def _images(model: ImageClassifier, items: Sequence[Any], targets: Sequence[int]) -> Images:
     stored = model.hparams["preprocess"]
     if stored is None:
-        raise ValueError("the checkpoint does not say how its images were prepared; train with ImageClassifier(preprocess=)")
+        raise ValueError(
+            "the checkpoint does not say how its images were prepared; train with ImageClassifier(preprocess=)"
+        )
     preprocess = Preprocess.from_dict(stored)
     return Images(items, targets, "L" if preprocess.in_chans == 1 else "RGB", eval_transform(preprocess))
 

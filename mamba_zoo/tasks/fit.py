@@ -234,7 +234,7 @@ def _named_configs(args: Sequence[str]) -> list[str]:
         if flag not in ("-c", "--config"):
             continue
         name = value if equals else (out[i + 1] if i + 1 < len(out) else "")
-        if not Path(name).exists():
+        if not Path(name).is_file():
             if name not in shipped:
                 raise FileNotFoundError(f"no recipe {name}; give a YAML file, or one of {', '.join(sorted(shipped))}")
             out[i if equals else i + 1] = f"{flag}={shipped[name]}" if equals else shipped[name]
@@ -245,4 +245,5 @@ _DESCRIPTION = """Train or fine-tune a model. With no arguments: vmamba_mini on 
 Recipes: --config digits | imagefolder | cifar | FILE.yaml; flags override them. Without --config the recipe follows
 from --data.root. Results: runs/MODEL-NUMBER with best.ckpt, last.ckpt, history.csv, curves.png, TensorBoard events.
 Examples: mamba-zoo fit --data.root photos --model.name vmamba_tiny --model.pretrained true;
-mamba-zoo fit --model.scan hilbert; mamba-zoo fit --resume; mamba-zoo fit --config cifar --trainer.precision bf16-mixed"""
+mamba-zoo fit --model.scan hilbert; mamba-zoo fit --resume;
+mamba-zoo fit --config cifar --trainer.precision bf16-mixed"""

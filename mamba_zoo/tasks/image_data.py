@@ -185,7 +185,8 @@ class ImageData(LightningDataModule):
     def _digits(self) -> dict[str, tuple[Sequence[Any], Sequence[int]]]:
         from sklearn.datasets import load_digits
 
-        pixels, targets = load_digits(return_X_y=True)
+        bunch: Any = load_digits()
+        pixels, targets = bunch.data, bunch.target.tolist()
         images = [Image.fromarray(np.rint(p * (255 / 16)).astype(np.uint8).reshape(8, 8)) for p in pixels]
         self._classes = [str(i) for i in range(10)]
         return self._split(images, targets, {"test": _DIGITS_TEST, "val": _DIGITS_VAL})
@@ -226,19 +227,19 @@ class ImageData(LightningDataModule):
                 f"root='torchvision:{name}' names no torchvision data set with a training split and a download, "
                 "such as torchvision:CIFAR10, torchvision:MNIST or torchvision:SVHN"
             )
-        train, test = ({"train": True}, {"train": False}) if "train" in known else ({"split": "train"}, {"split": "test"})
+        train, test = (
+            ({"train": True}, {"train": False}) if "train" in known else ({"split": "train"}, {"split": "test"})
+        )
         try:
-            sets = [kind(self.download_dir, download=True, **which) for which in (train, test)]
+            sets: list[Any] = [kind(self.download_dir, download=True, **which) for which in (train, test)]
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"could not get torchvision's {name} into {self.download_dir}: {error}; check the connection and the "
                 "free space, or put the files there"
             ) from error
-        parts = {}
+        parts: dict[str, tuple[Sequence[Any], Sequence[int]]] = {}
         for part, data in zip(("train", "test"), sets, strict=True):
-            targets = next(
-                (getattr(data, key) for key in ("targets", "labels", "_labels") if hasattr(data, key)), None
-            )
+            targets = next((getattr(data, key) for key in ("targets", "labels", "_labels") if hasattr(data, key)), None)
             if targets is None:
                 targets = [label for _, label in data]
             parts[part] = ([Member(data, i) for i in range(len(targets))], [int(t) for t in targets])

@@ -25,7 +25,7 @@ class Member(NamedTuple):
     """One image of a data set that yields `(PIL image, label)`."""
 
     data: Any
-    index: int
+    position: int
 
 
 class Images(Dataset):
@@ -50,7 +50,7 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         item = self.items[index]
         if isinstance(item, Member):
-            item = item.data[item.index][0]
+            item = item.data[item.position][0]
         image = item.convert(self.mode) if isinstance(item, Image.Image) else read_image(item, self.mode)
         return self.transform(image), self.targets[index]
 
@@ -107,7 +107,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     """The folders of `root` that hold its splits, by "train", "val" and "test"; empty if `root` holds classes."""
     if not root.is_dir():
         raise FileNotFoundError(
-            f"no folder {root}; root is a folder of class folders or of train/ and val/, 'digits', or 'torchvision:NAME'"
+            f"no folder {root}; root is 'digits', 'torchvision:NAME', or a folder with class folders or train/ and val/"
         )
     found = {}
     for split, names in (("train", _TRAIN), ("val", _VAL), ("test", _TEST)):

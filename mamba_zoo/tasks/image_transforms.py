@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms_factory import create_transform
 
 TRAIN_CROPS = ("resized", "padded", "none")
 
@@ -56,10 +55,11 @@ class Preprocess:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocess:
         """The inverse of `dataclasses.asdict`, with lists allowed for tuples."""
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**plain)
 
 
-def eval_transform(to: Preprocess) -> Callable:
+def eval_transform(to: Preprocess) -> Any:
     """Resize, cut the centre, scale."""
     return create_transform(
         (to.in_chans, to.size, to.size),
@@ -78,7 +78,7 @@ def train_transform(
     color_jitter: float,
     auto_augment: str | None,
     random_erase: float,
-) -> Callable:
+) -> Any:
     """The random counterpart of `eval_transform`; see `ImageData` for the arguments.
 
     Raises:
@@ -107,13 +107,14 @@ def train_transform(
     return _small_transform(to, crop == "padded", hflip, auto_augment, random_erase)
 
 
-def _small_transform(to: Preprocess, shift: bool, hflip: float, auto_augment: str | None, random_erase: float):
+def _small_transform(to: Preprocess, shift: bool, hflip: float, auto_augment: str | None, random_erase: float) -> Any:
     from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
     from timm.data.random_erasing import RandomErasing
     from timm.data.transforms import str_to_interp_mode
     from torchvision import transforms as T
 
-    steps: list[Any] = [T.Resize((to.size, to.size), interpolation=str_to_interp_mode(to.interpolation))]
+    interpolation: Any = str_to_interp_mode(to.interpolation)
+    steps: list[Any] = [T.Resize((to.size, to.size), interpolation=interpolation)]
     if shift:
         steps.append(T.RandomCrop(to.size, padding=max(1, to.size // 8)))
     if hflip:

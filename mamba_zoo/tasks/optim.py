@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -38,7 +38,7 @@ def no_decay_names(model: nn.Module, recipe: str = "recommended", name: str = ""
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-    marked = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    marked = set(cast(Any, model).no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     exempt = {
         key
         for key, p in model.named_parameters()
@@ -71,7 +71,7 @@ def parameter_groups(
     Raises:
         ValueError: `layer_decay` outside (0, 1], unknown `recipe`, or nothing to train.
     """
-    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 
     exempt = no_decay_names(model, recipe, name)
     if layer_decay is None:

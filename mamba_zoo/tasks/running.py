@@ -17,7 +17,7 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from .checkpoints import write_atomically
-from .epochs import EpochSeed
+from .epochs import EpochSeed, epoch_number
 
 MONITOR = "val/top1"
 
@@ -58,7 +58,7 @@ class History(Callback):
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         loss = trainer.callback_metrics.get("train/loss_epoch", trainer.callback_metrics.get("train/loss"))
         row = {
-            "epoch": trainer.fit_loop.epoch_progress.current.processed,
+            "epoch": epoch_number(trainer),
             "step": trainer.global_step,
             "seconds": self._seconds + time.perf_counter() - self._started,
             "lr": trainer.optimizers[0].param_groups[-1]["lr"],

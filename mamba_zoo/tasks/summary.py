@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -31,7 +31,7 @@ class EpochLines(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the newest row of the history."""
-        history = next((c for c in trainer.callbacks if isinstance(c, History)), None)
+        history = next((c for c in cast(Any, trainer).callbacks if isinstance(c, History)), None)
         if not self.active or history is None or not history.rows:
             return
         row = history.rows[-1]
@@ -52,7 +52,9 @@ def print_summary(out: Path, rows: Sequence[dict[str, Any]], model: Any, data: A
     table.add_row("images", ", ".join(f"{len(data.split(s)):,} {s}" for s in ("train", "val", "test")))
     if data.skipped:
         table.add_row("left out", f"{len(data.skipped)} unreadable files, the first is {data.skipped[0]}")
-    table.add_row("training", f"{len(rows)} epochs, {seconds:.1f} s, {count * len(rows) / max(seconds, 1e-9):,.0f} images/s")
+    table.add_row(
+        "training", f"{len(rows)} epochs, {seconds:.1f} s, {count * len(rows) / max(seconds, 1e-9):,.0f} images/s"
+    )
     if MONITOR in best:
         table.add_row("best epoch", f"{best['epoch']}, top-1 {best[MONITOR]:.4f} on the validation images")
     table.add_row("files", f"{out}: best.ckpt, last.ckpt, history.csv, curves.png")

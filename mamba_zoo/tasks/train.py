@@ -41,7 +41,7 @@ def train_once(
         seed: Of the weights, the order of the images, augmentation and dropout.
         max_epochs: Epochs.
         model: Further arguments of `ImageClassifier`, such as `{"lr": 1e-3, "ema_decay": 0.999}`.
-        trainer: Further arguments of Lightning's `Trainer`, such as `{"precision": "bf16-mixed", "accelerator": "gpu"}`.
+        trainer: Further arguments of Lightning's `Trainer`, such as `{"precision": "bf16-mixed"}`.
 
     Returns:
         `accuracy` (top-1 on the test images, 0..1), `test` (every test metric), `curve` (one dictionary an epoch, as in
