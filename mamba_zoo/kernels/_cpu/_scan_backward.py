@@ -9,10 +9,12 @@ that no two items write the same memory.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import njit
+from numba.np.numpy_support import carray
 
 from ._pool import Kernel
-from ._scan_forward import TILE, V, read, read_states, write, write_states
+from ._rows import V, read, read_states, write, write_states
+from ._scan_forward import TILE
 from ._simd import (
     LOG2E,
     W,

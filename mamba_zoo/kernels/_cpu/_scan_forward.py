@@ -7,9 +7,11 @@ of a tile first, then the recurrence of four states at a time with the states in
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import njit
+from numba.np.numpy_support import carray
 
 from ._pool import Kernel
+from ._rows import V, read, read_states, write, write_states
 from ._simd import (
     LOG2E,
     W,
@@ -18,22 +20,17 @@ from ._simd import (
     exp_minus_abs,
     fetch_add,
     load,
-    load_f32,
     load_i32,
     load_i64,
-    load_part,
     sigmoid,
     softplus,
     splat,
     store,
-    store_f32,
     store_i64,
-    store_part,
     zeros,
 )
 
 TILE = 32  # steps between saved states
-V = 4 * W  # bytes of a vector
 
 FIELDS = (
     "rows", "blocks", "split", "k", "d", "n", "m", "softplus", "mean", "add", "complete", "tiles",
@@ -46,42 +43,6 @@ FIELDS = (
 def scratch_floats(n: int) -> int:
     """Scratch memory of one thread: states and A of a block, three rows and two addresses a step of a tile."""
     return W * (2 * n + 3 * TILE) + 4 * TILE
-
-
-@njit(forceinline=True)
-def read(address, count):
-    """`count` lanes of a row of tokens, then zeros."""
-    if count >= W:
-        return load(address)
-    return load_part(address, count)
-
-
-@njit(forceinline=True)
-def write(address, value, count):
-    """Write `count` lanes of a row."""
-    if count >= W:
-        store(address, value)
-    else:
-        store_part(address, value, count)
-
-
-@njit
-def read_states(to, source, n, count, scale):
-    """Transpose `(d, n)` memory to rows of W channels, times `scale`; zeros if `source` is 0."""
-    for j in range(n):
-        store(to + V * j, zeros())
-    if source:
-        for lane in range(min(count, W)):
-            for j in range(n):
-                store_f32(to + V * j + 4 * lane, load_f32(source + 4 * (lane * n + j)) * scale)
-
-
-@njit
-def write_states(source, to, n, count):
-    """Transpose rows of W channels to `(d, n)` memory."""
-    for lane in range(min(count, W)):
-        for j in range(n):
-            store_f32(to + 4 * (lane * n + j), load_f32(source + V * j + 4 * lane))
 
 
 @njit

@@ -8,15 +8,19 @@ splits a vector that is wider than the registers. Addresses are plain int64 numb
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import models, overload, register_model
 
 _AVX512 = bool(llvm.get_host_cpu_features().get("avx512f"))
 W = 16 if _AVX512 else 8
+
+# An intrinsic is written with a typing context in front that its callers do not pass; type checkers cannot know.
+intrinsic: Any = extending.intrinsic
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VF, _VI, _MASK = (ir.VectorType(t, W) for t in (_F32, _I32, ir.IntType(1)))

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .._scan_args import ScanArgs
-from ._scan_forward import TILE, kernel as forward_kernel, scratch_floats
+from . import _scan_forward
+from ._scan_forward import TILE
 from ._simd import W
+from ._tensors import address, new, plain, rows, token_rows, visits
 
 
 def saved_shape(s: ScanArgs) -> tuple[int, ...]:
@@ -22,18 +24,16 @@ def saved_shape(s: ScanArgs) -> tuple[int, ...]:
 def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(y, final state if wanted, states at tile starts if `save`)`; see `ScanArgs` for the shapes."""
     u, dt, B, C, z = _tokens(s)
-    make = torch.empty if s.complete else torch.zeros
-    y = make(s.y_shape, dtype=torch.float32)
+    y = new(s.y_shape, s.complete)
     final = s.new_state() if want_final else None
     saved = torch.empty(saved_shape(s)) if save else None
     reduced = s.reduce != "none"
     split = not reduced or s.k == 1
-    kept = [_plain(x) for x in (s.A, s.D, s.dt_bias, s.initial_state)]
-    A, D, bias, initial = kept
+    A, D, bias, initial = (plain(x) for x in (s.A, s.D, s.dt_bias, s.initial_state))
     zeros = torch.zeros(s.n)
-    forward_kernel(
+    _scan_forward.kernel(
         items=s.states * _blocks(s) * (s.k if split else 1),
-        scratch_floats=scratch_floats(s.n),
+        scratch_floats=_scan_forward.scratch_floats(s.n),
         rows=s.states, blocks=_blocks(s), split=split, k=s.k, d=s.d, n=s.n, m=s.m, softplus=s.dt_softplus,
         mean=s.reduce == "mean", add=reduced, complete=s.complete, tiles=_tiles(s),
         A=address(A), D=address(D), bias=address(bias), initial=address(initial), final=address(final),
@@ -46,25 +46,24 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
 
 def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> dict[str, Tensor]:
     """Gradients of all inputs that are given, by their names."""
-    from ._scan_backward import kernel, scratch_floats
+    from . import _scan_backward
 
     u, dt, B, C, z = _tokens(s)
-    dy = _plain_rows(dy)
-    A, D, bias, dfinal = (_plain(x) for x in (s.A, s.D, s.dt_bias, dfinal))
-    make = torch.empty if s.complete else torch.zeros
-    du, ddt = make(s.u.shape), make(s.dt.shape)
-    dz = None if s.z is None else make(s.z.shape)
+    dy = token_rows(dy)
+    A, D, bias, dfinal = (plain(x) for x in (s.A, s.D, s.dt_bias, dfinal))
+    du, ddt = new(tuple(s.u.shape), s.complete), new(tuple(s.dt.shape), s.complete)
+    dz = None if s.z is None else new(tuple(s.z.shape), s.complete)
     dinitial = None if s.initial_state is None else torch.empty(s.initial_state.shape)
     share_u, share_z = s.u.dim() == 3, s.z is not None and s.z.dim() == 3
     split = s.k == 1 or not (share_u or share_z)
     row_groups, width = _cut(s, split)
     groups = -(-_blocks(s) // width)
-    dB, dC = (make(groups, *s.B.shape) for _ in range(2))
+    dB, dC = (new((groups, *s.B.shape), s.complete) for _ in range(2))
     dA = torch.empty(row_groups, *s.A.shape)
     dD, dbias = (torch.empty(row_groups, s.k, s.d) for _ in range(2))
     zeros = torch.zeros(s.n)
-    kernel(
-        items=row_groups * groups * (s.k if split else 1), scratch_floats=scratch_floats(s.n, width),
+    _scan_backward.kernel(
+        items=row_groups * groups * (s.k if split else 1), scratch_floats=_scan_backward.scratch_floats(s.n, width),
         rows=s.states, row_groups=row_groups, blocks=_blocks(s), groups=groups, width=width, split=split,
         b=s.b, l=s.l, k=s.k, d=s.d, n=s.n, m=s.m, softplus=s.dt_softplus, mean=s.reduce == "mean",
         complete=s.complete, tiles=_tiles(s), zeros=address(zeros), share_u=share_u, share_z=share_z,
@@ -86,39 +85,9 @@ def _cut(s: ScanArgs, split: bool) -> tuple[int, int]:
     return row_groups, -(-_blocks(s) // wanted)
 
 
-def address(x: Tensor | None) -> int:
-    """Of the first element; 0 for None."""
-    return 0 if x is None else x.data_ptr()
-
-
-def rows(name: str, x: Tensor | None) -> dict[str, int]:
-    """Address and strides in bytes of `(b, l, c)` or `(b, l, k, c)`; directions that share rows have stride 0."""
-    if x is None:
-        return {name: 0, f"{name}_b": 0, f"{name}_l": 0, f"{name}_k": 0}
-    b, l, *k, _ = (x.element_size() * stride for stride in x.stride())
-    return {name: x.data_ptr(), f"{name}_b": b, f"{name}_l": l, f"{name}_k": k[0] if k else 0}
-
-
-def visits(order: Tensor) -> dict[str, int]:
-    """Address and strides in bytes of the table `(1 | b, k, m)`, whose rows may be one row expanded."""
-    b, k, _ = order.stride()
-    return {"order": order.data_ptr(), "order_b": 0 if len(order) == 1 else 4 * b, "order_k": 4 * k}
-
-
 def _tokens(s: ScanArgs) -> list[Tensor | None]:
     """u, dt, B, C, z in float32, each token's channels next to each other."""
-    return [_plain_rows(x) for x in (s.u, s.dt, s.B, s.C, s.z)]
-
-
-def _plain_rows(x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
-    x = x.detach().float()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _plain(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().float().contiguous()
+    return [None if x is None else token_rows(x) for x in (s.u, s.dt, s.B, s.C, s.z)]
 
 
 def _blocks(s: ScanArgs) -> int:

@@ -1,0 +1,41 @@
+"""Tensors as the compiled loops take them: float32, addresses, strides in bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_rows(x: Tensor) -> Tensor:
+    """`x` in float32, each token's channels next to each other; copied only if it is not so already."""
+    x = x.detach().float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def plain(x: Tensor | None) -> Tensor | None:
+    """`x` in float32, contiguous."""
+    return None if x is None else x.detach().float().contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    """Of the first element; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def rows(name: str, x: Tensor | None) -> dict[str, int]:
+    """Address and strides in bytes of `(b, l, c)` or `(b, l, k, c)`; directions that share rows have stride 0."""
+    if x is None:
+        return {name: 0, f"{name}_b": 0, f"{name}_l": 0, f"{name}_k": 0}
+    b, l, *k, _ = (x.element_size() * stride for stride in x.stride())
+    return {name: x.data_ptr(), f"{name}_b": b, f"{name}_l": l, f"{name}_k": k[0] if k else 0}
+
+
+def visits(order: Tensor) -> dict[str, int]:
+    """Address and strides in bytes of a table `(1 | b, k, m)`, whose rows may be one row expanded."""
+    b, k, _ = order.stride()
+    return {"order": order.data_ptr(), "order_b": 0 if len(order) == 1 else 4 * b, "order_k": 4 * k}
+
+
+def new(shape: tuple[int, ...], complete: bool) -> Tensor:
+    """A float32 tensor: uninitialised if every token will be written, else zeros."""
+    return torch.empty(shape) if complete else torch.zeros(shape)
