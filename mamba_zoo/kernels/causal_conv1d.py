@@ -203,11 +203,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradient(ctx, dy, dfinal):
-    tensors = ctx.saved_tensors  # read once: under activation checkpointing a second read fails
+    # Read once: under activation checkpointing a second read fails.
+    x, weight, bias, order, offsets, initial_state = tensors = ctx.saved_tensors
     silu, complete, _ = ctx.flags
-    s = ConvArgs(*tensors, silu, complete)
+    s = ConvArgs(x, weight, bias, order, offsets, initial_state, silu, complete)
     if dy is None:  # only the final state was used
-        dy = s.x.new_zeros(s.b, s.l, s.k, s.d)
+        dy = x.new_zeros(s.b, s.l, s.k, s.d)
     values = _backward(dy, dfinal if ctx.want_final else None, *tensors, *ctx.flags)
     g = dict(zip(s.differentiable(), values, strict=True))
     return g["x"], g["weight"], g.get("bias"), None, None, g.get("initial_state"), *[None] * 4
