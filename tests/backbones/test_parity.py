@@ -140,9 +140,36 @@ def mamba_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
     return "mamba", {renamed.get(name, name): value for name, value in kwargs.items()}
 
 
+def mambavision_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    require(kwargs, layer_scale_conv=None, qkv_bias=True, qk_scale=None)
+    return "mambavision_t", {
+        "in_chans": kwargs["in_chans"],
+        "num_classes": kwargs["num_classes"],
+        "depths": kwargs["depths"],
+        "dim": kwargs["dim"],
+        "stem_dim": kwargs["in_dim"],
+        "heads": kwargs["num_heads"][2:],
+        "windows": kwargs["window_size"][2:],
+        "mlp_ratio": kwargs["mlp_ratio"],
+        "layer_scale": kwargs["layer_scale"],
+        "drop_path_rate": kwargs["drop_path_rate"],
+    }
+
+
+def mambavision_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
+    maps: dict[str, nn.Module] = {f"level{i}": model.stages[i + 1].downsample for i in range(3)}
+    windows = {f"level{i}.block0.mixer": model.stages[i].blocks[0].mixer for i in (2, 3)}
+    windows |= {f"level{i}.last_block": model.stages[i].blocks[-1] for i in (2, 3)}
+    with recorded(stem=model.stem, **maps, level3=model.stages[3]) as outputs, recorded(**windows) as tokens:
+        features = model.forward_head(model.forward_features(inputs["x"]), pre_logits=True)
+    outputs = {name: y.permute(0, 3, 1, 2) for name, y in outputs.items()}
+    return {**outputs, **tokens, "features": features, "logits": model(inputs["x"])}
+
+
 FAMILIES = {
     "vmamba": Family(vmamba_arguments, vmamba_run, lambda state: {"model": state}),
     "vim": Family(vim_arguments, vim_run, vim_container),
+    "mambavision": Family(mambavision_arguments, mambavision_run, lambda state: {"state_dict": state, "epoch": 309}),
     "lm": Family(mamba_arguments, lambda model, inputs, _: {"y": model(inputs["x"])}, dict),
 }
 
