@@ -49,3 +49,12 @@ def needs_wide_offsets(*tensors: Tensor | None) -> bool:
         x is not None and sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31
         for x in tensors
     )
+
+
+def stored_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+    """What kernels write for results of `dtype` (that of `x` by default).
+
+    The same, but for the interpreter: it truncates to bfloat16 instead of rounding, so there torch rounds afterwards.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    return torch.float32 if x.device.type == "cpu" and dtype == torch.bfloat16 else dtype

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._scan_args import ScanArgs
-from ._launch import common_width, needs_wide_offsets, on_device_of, strides, with_unit_stride
+from ._launch import common_width, needs_wide_offsets, on_device_of, stored_dtype, strides, with_unit_stride
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
         )  # fmt: skip
     if s.reduce != "none":
         y = y[:, :, 0] if s.k == 1 else y.sum(2) if s.reduce == "sum" else y.mean(2)
-    return y, None if final is None else final.transpose(2, 3).contiguous(), saved
+    return y.to(s.out_dtype), None if final is None else final.transpose(2, 3).contiguous(), saved
 
 
 def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
         )  # fmt: skip
     grads = {
         "u": _over_directions(du, s.u),
-        "dt": ddt,
+        "dt": ddt.to(s.dt.dtype),
         "A": _over_rows(dA).transpose(1, 2).contiguous(),
         "B": _over_rows(dB).to(s.B.dtype),
         "C": _over_rows(dC).to(s.C.dtype),
@@ -155,7 +155,7 @@ class _Inputs:
         """`(b, l, k, d)`, zero under tokens that are not visited."""
         s = self.s
         make = s.u.new_empty if filled else s.u.new_zeros
-        return make((s.b, s.l, s.k, s.d), dtype=dtype)
+        return make((s.b, s.l, s.k, s.d), dtype=stored_dtype(s.u, dtype))
 
 
 def _forward_shape(s: ScanArgs) -> Shape:
@@ -182,8 +182,8 @@ def _or(x: Tensor | None, instead: Tensor) -> Tensor:
 def _over_directions(grad: Tensor, like: Tensor) -> Tensor:
     """The gradient of an input that directions may share."""
     if like.dim() == 4:
-        return grad
-    return grad[:, :, 0] if grad.shape[2] == 1 else grad.sum(2)
+        return grad.to(like.dtype)
+    return (grad[:, :, 0] if grad.shape[2] == 1 else grad.sum(2)).to(like.dtype)
 
 
 def _over_rows(parts: Tensor) -> Tensor:
