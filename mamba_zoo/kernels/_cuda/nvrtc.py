@@ -110,14 +110,15 @@ def compile_source(source: str, arch: str, *options: str) -> tuple[bytes, str]:
     try:
         flags = [flag.encode() for flag in (f"--gpu-architecture={arch}", *_OPTIONS, *options)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
-        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        _checked(nvrtc.nvrtcGetProgramLog(program, memoryview(log)))
+        # The bindings write into the bytes that they are given; older ones take nothing else.
+        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
         text = log.decode(errors="replace").rstrip("\0")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(f"{status.name} while compiling for {arch}:\n{text[:4000]}")
-        image = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-        _checked(nvrtc.nvrtcGetCUBIN(program, memoryview(image)))
-        return bytes(image), text
+        image = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc.nvrtcGetCUBIN(program, image))
+        return image, text
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
