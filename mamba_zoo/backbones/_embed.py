@@ -196,7 +196,16 @@ def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, 
     return insert_token(grid, positions[:, middle : middle + 1], math.prod(new) // 2)
 
 
+def resample_grid(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embedding `(1, h * w, d)` of the grid `old` for the grid `new`, by bicubic interpolation."""
+    if tuple(old) == tuple(new):
+        return positions
+    resample: Any = resample_abs_pos_embed
+    # As the published code does it: without smoothing where the new grid is the smaller one.
+    return resample(positions, list(new), list(old), num_prefix_tokens=0, antialias=False)
+
+
 # torch.fx takes these whole: they look at shapes and dtypes. Not as decorators, which would hide their types.
 register_notrace_module(PatchMerge)
-for _function in (check_image, resample_positions):
+for _function in (check_image, resample_positions, resample_grid):
     register_notrace_function(_function)

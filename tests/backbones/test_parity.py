@@ -166,10 +166,40 @@ def mambavision_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, An
     return {**outputs, **tokens, "features": features, "logits": model(inputs["x"])}
 
 
+def plainmamba_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    require(kwargs, layer_cfgs={**kwargs["layer_cfgs"], "use_rms_norm": False})
+    mamba = kwargs["layer_cfgs"]["mamba_cfg"]
+    require(mamba, conv_bias=True, bias=True)
+    return "plainmamba_l1", {
+        "img_size": kwargs["img_size"],
+        "num_classes": kwargs["num_classes"],
+        "patch_size": kwargs["patch_size"],
+        "dim": kwargs["embed_dims"],
+        "depth": kwargs["num_layers"],
+        "stem_convs": kwargs["num_convs_patch_embed"],
+        "conv_blocks": kwargs["layers_with_dwconv"],
+        "d_state": mamba["d_state"],
+        "expand": mamba["expand"],
+        "conv_size": mamba["conv_size"],
+        "drop_path_rate": kwargs["drop_path_rate"],
+    }
+
+
+def plainmamba_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
+    wanted = {i: f"layer{i}" for i in range(len(model.stages)) if f"layer{i}" in fixture["outputs"]}
+    maps = {name: model.stages[i] for i, name in wanted.items()}
+    maps |= {f"{name}.mixer": model.stages[i].blocks[0].mixer for i, name in wanted.items()}
+    with recorded(embed=model.stem, **maps) as outputs:
+        features = model.forward_head(model.forward_features(inputs["x"]), pre_logits=True)
+    outputs = {name: y.flatten(1, 2) for name, y in outputs.items()}
+    return {**outputs, "features": features, "logits": model(inputs["x"])}
+
+
 FAMILIES = {
     "vmamba": Family(vmamba_arguments, vmamba_run, lambda state: {"model": state}),
     "vim": Family(vim_arguments, vim_run, vim_container),
     "mambavision": Family(mambavision_arguments, mambavision_run, lambda state: {"state_dict": state, "epoch": 309}),
+    "plainmamba": Family(plainmamba_arguments, plainmamba_run, lambda state: {"meta": {}, "state_dict": state}),
     "lm": Family(mamba_arguments, lambda model, inputs, _: {"y": model(inputs["x"])}, dict),
 }
 
