@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch.fx
 from timm.layers.classifier import ClassifierHead
 from timm.layers.drop import DropPath
 from timm.layers.helpers import get_device_dtype
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 
 from ._block import LayerNorm, add_residual
 from ._embed import check_image, remove_token
+
+# torch.fx takes these whole, in every file that calls them: they look at shapes and dtypes.
+torch.fx.wrap("add_residual")
+torch.fx.wrap("check_image")
 
 # State-space parameters and embeddings: decay pulls them to a value that means something else than "off".
 _UNDECAYED = ("A_log", "D", "dt_bias", "bias", "cls_token", "pos_embed")
@@ -45,6 +50,10 @@ class Backbone(nn.Module):
             for name, parameter in self.named_parameters()
             if parameter.dim() <= 1 or name.rsplit(".", 1)[-1] in _UNDECAYED
         }
+
+    def input_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one input of this size, without the batch: `(c, h, w)`."""
+        return (self.in_chans, height, width)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `(b, c, h, w)` to normed features in `output_fmt`."""
@@ -279,7 +288,7 @@ class Tokens(Backbone):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dim, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
 
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Images `(b, c, h, w)` to tokens `(b, l, d)`, the order `(k, m)` to visit them in, and the patch grid."""
         raise NotImplementedError
 
@@ -345,7 +354,8 @@ class Tokens(Backbone):
             indices: After which blocks; an int is the last so many, None all.
             norm: Norm the intermediates by the final norm.
             stop_early: Run no block after the last one asked for.
-            output_fmt: Of the intermediates, "NCHW" or "NLC"; the class token is left out of either.
+            output_fmt: Of the intermediates, "NCHW" (of videos `(b, d, t, h, w)`) or "NLC"; the class token is left
+                out of either.
             intermediates_only: Return the list alone.
 
         Returns:
@@ -356,7 +366,7 @@ class Tokens(Backbone):
         """
         _check_format(output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.blocks), indices)  # type: ignore[arg-type]
-        hidden, order, (height, width) = self.embed(x)
+        hidden, order, grid = self.embed(x)
         index = self.class_index(hidden.shape[1])
         residual, found = None, []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
@@ -366,7 +376,7 @@ class Tokens(Backbone):
                 y = add_residual(hidden, residual)
                 y = remove_token((self.norm(y) if norm else y).to(hidden.dtype), index)
                 if output_fmt == "NCHW":
-                    y = y.transpose(1, 2).reshape(y.shape[0], -1, height, width)
+                    y = y.transpose(1, 2).reshape(y.shape[0], -1, *grid)
                 found.append(y)
         return found if intermediates_only else (self._finish(hidden, residual), found)
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
-from timm.layers._fx import register_notrace_function, register_notrace_module
+from timm.layers._fx import register_notrace_module
 from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
@@ -127,7 +128,7 @@ def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
     return residual + hidden
 
 
-# torch.fx takes these whole: they look at shapes and dtypes. Not as decorators, which would hide their types.
+# torch.fx takes these whole, because they look at dtypes. Not as decorators, which would hide their types.
 for _leaf in (LayerNorm, RMSNorm):
     register_notrace_module(_leaf)
-register_notrace_function(add_residual)
+torch.fx.wrap("add_residual")

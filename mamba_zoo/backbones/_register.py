@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -64,12 +64,15 @@ class Card:
         return self.checkpoint is not None
 
 
-def register(card: Card, tag: str = "", **cfg: Any) -> Callable[[Entrypoint], Entrypoint]:
+def register(
+    card: Card, tag: str = "", others: Mapping[str, Mapping[str, Any]] | None = None, **cfg: Any
+) -> Callable[[Entrypoint], Entrypoint]:
     """Register the decorated function, whose name is the model's, with timm and with `card`.
 
     Args:
         card: Without its name.
         tag: Of the published weights, as in "vmamba_tiny.in1k".
+        others: Further published weights: for each tag, where its configuration differs.
         cfg: Entries of timm's `PretrainedCfg`, e.g. from `image_cfg`.
     """
 
@@ -81,7 +84,8 @@ def register(card: Card, tag: str = "", **cfg: Any) -> Callable[[Entrypoint], En
             entry["paper_ids"] = f"arXiv:{card.paper}"
         # timm looks for this name in the module of the function that it registers.
         cfgs = vars(sys.modules[entrypoint.__module__]).setdefault("default_cfgs", {})
-        cfgs.update(generate_default_cfgs({f"{name}.{tag}" if tag else name: entry}))
+        tags = {tag: entry, **{other: {**entry, **changes} for other, changes in (others or {}).items()}}
+        cfgs.update(generate_default_cfgs({f"{name}.{key}" if key else name: value for key, value in tags.items()}))
         register_model(entrypoint)
         return entrypoint
 

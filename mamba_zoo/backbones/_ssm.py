@@ -152,10 +152,14 @@ def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
     return dt_rank
 
 
-def resolve_scan(scan: ScanLike) -> tuple[str, int]:
-    """A `scan=` argument as a specification for `scans.scan_order`, and its number of directions.
+def resolve_scan(scan: ScanLike, dimensions: int = 2) -> tuple[str, int]:
+    """A `scan=` argument as a specification for `scans.scan_order`, and its number of directions on a grid.
 
     "none" stands for no scan at all, and has 0 directions.
+
+    Args:
+        scan: What the user gave.
+        dimensions: Of the grids it is for: 2 for images, 3 for videos.
 
     Raises:
         ValueError: an unknown name.
@@ -164,4 +168,4 @@ def resolve_scan(scan: ScanLike) -> tuple[str, int]:
     if isinstance(scan, str) and scan == "none":
         return scan, 0
     spec = as_spec(scan)
-    return spec, scan.k if isinstance(scan, Scan) else build_scan(spec, 8, 8).k
+    return spec, scan.k if isinstance(scan, Scan) else build_scan(spec, *[8] * dimensions).k

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers._fx import register_notrace_function
+import torch.fx
 from timm.layers.drop import calculate_drop_path_rates
 from timm.layers.weight_init import lecun_normal_, trunc_normal_
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from ._keys import Key, rename
 from ._mixer import Mamba
 from ._register import Card, build_model, image_cfg, register
 from ._ssm import resolve_scan
+
+# torch.fx takes these whole: they look at shapes.
+for _function in ("check_image", "resample_positions", "token_order"):
+    torch.fx.wrap(_function)
 
 
 class Vim(Tokens):
@@ -113,8 +117,8 @@ class Vim(Tokens):
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
         for layer in (self.patch_embed.proj, self.head):
-            if isinstance(getattr(layer, "bias", None), Tensor):
-                nn.init.zeros_(layer.bias)
+            if isinstance(bias := getattr(layer, "bias", None), Tensor):
+                nn.init.zeros_(bias)
         for module in self.modules():
             if isinstance(module, Mamba):
                 nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
@@ -141,9 +145,6 @@ class Vim(Tokens):
 def token_order(spec: str, grid: tuple[int, int], x: Tensor) -> Tensor:
     """`scan_order` on the device of `x`."""
     return scan_order(spec, grid, x.device)
-
-
-register_notrace_function(token_order)
 
 
 def _taps(weight: Tensor) -> Tensor:
