@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ._factory import ModelCard, create_model, list_models, model_card, register_all
 
 if TYPE_CHECKING:
-    from . import kernels, scans, tasks
-    from .tasks import compare
+    from . import compare, doctor, kernels, scans, tasks
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +18,7 @@ __all__ = [
     "__version__",
     "compare",
     "create_model",
+    "doctor",
     "kernels",
     "list_models",
     "model_card",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 # Imported on first use: some of them bring Lightning, Matplotlib or a compiler along.
-_LAZY = {"compare": ".tasks.compare", "kernels": ".kernels", "scans": ".scans", "tasks": ".tasks"}
+_LAZY = {"compare": ".compare", "doctor": ".doctor", "kernels": ".kernels", "scans": ".scans", "tasks": ".tasks"}
 
 
 def __getattr__(name: str) -> Any:

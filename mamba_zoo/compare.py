@@ -1,9 +1,7 @@
 """Compare scan orders on your own data: equal budget, several seeds, controls, and statistics that admit noise.
 
-from mamba_zoo import compare
-
-result = compare.orders(model="vmamba_mini", data="digits", scans=("cross", "hilbert"), seeds=5, out="runs/compare")
-print("\\n".join(result.verdict))
+`orders` trains and compares, `load` reads a comparison back; both return a `Comparison`, whose `verdict` says in plain
+sentences what was found. `mamba-zoo compare` is the same from the command line.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ from ._comparison import MIN_BLOCKS, Comparison, Order, finite
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B", "#6A3D9A")
 _GREYS = ("#555555", "#999999")
 
+NEAR = 4  # steps; a wider window would call even shuffled orders of a small grid local
+
 
 def svg(figure: Figure) -> bytes:
     """The figure as SVG, its text as shapes and without a date, so that equal figures are equal files."""
@@ -158,20 +160,20 @@ def ranks(c: Comparison) -> Figure | None:
     return figure
 
 
-def locality(c: Comparison, statistic: str = "near_any") -> Figure | None:
+def locality(c: Comparison) -> Figure | None:
     """Score against how near the neighbours of the grid stay in the sequence."""
     points = []
     for order, colour in _coloured(c):
         found = scan_statistics(c, order.scan)
         if found is not None and math.isfinite(order.mean):
-            points.append((100 * found[statistic], _scaled(c, order.mean), order.scan, colour))
+            points.append((100 * found["near"], _scaled(c, order.mean), order.scan, colour))
     if len(points) < 3:
         return None
     figure, axes = _figure(6.4, 4.0)
     for x, y, _, colour in points:
         axes.scatter([x], [y], color=colour, s=40)
     _label_points(axes, points)
-    axes.set_xlabel("grid neighbours at most 16 steps apart in some direction, %")
+    axes.set_xlabel(f"grid neighbours at most {NEAR} steps apart, %")
     axes.set_ylabel(_label(c))
     return figure
 
@@ -185,7 +187,7 @@ def drawing(c: Comparison, scan: str) -> Figure | None:
 def scan_statistics(c: Comparison, scan: str) -> dict[str, float] | None:
     """Statistics of an order on the report's grid."""
     built = _built(c, scan)
-    return None if built is None else built.statistics()
+    return None if built is None else built.statistics(NEAR)
 
 
 def _built(c: Comparison, scan: str):

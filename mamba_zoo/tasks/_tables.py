@@ -61,7 +61,8 @@ def rich_tables(c: Comparison) -> list[Table]:
     for title, (heads, rows) in (("Results", result_rows(c)), ("Cost (medians)", cost_rows(c))):
         table = Table(title=title, title_justify="left")
         for i, head in enumerate(heads):
-            table.add_column(head, justify="left" if i == 0 or head == "finding" else "right")
+            justify = "left" if i == 0 or head == "finding" else "right"
+            table.add_column(head, justify=justify, overflow="fold")
         for order, row in zip(c.orders, rows, strict=True):
             table.add_row(*row, style="dim" if order.control else None)
         tables.append(table)

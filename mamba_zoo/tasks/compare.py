@@ -126,7 +126,7 @@ def load(out: str | Path) -> Comparison:
 
 
 def schedule(names: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-    """Every (order, seed), seed by seed; each seed starts with another order, so that none always runs on a cold machine."""
+    """Every (order, seed), seed by seed; each seed starts with another order, so that none always runs first."""
     turns = [i % len(names) for i in range(len(seeds))]
     return [(name, s) for i, s in zip(turns, seeds, strict=True) for name in [*names[i:], *names[:i]]]
 
@@ -215,3 +215,107 @@ def _images(data: Any, model: str, options: Mapping[str, Any] | None) -> Any:
             raise ValueError("data_options go with a name or folder; data is already an ImageData")
         return data
     return ImageData(str(data), model_name=model, **(options or {}))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`mamba-zoo compare`."""
+    import argparse
+
+    from rich.console import Console
+
+    from ._tables import rich_tables
+
+    parser = argparse.ArgumentParser(
+        prog="mamba-zoo compare",
+        description="Train one model under several scan orders, with equal budget and paired seeds, and say which "
+        "differences are real. Call again with the same --out to go on, or to add orders or seeds.",
+    )
+    parser.add_argument("--model", default="vmamba_mini", help="a model that takes a scan (default: %(default)s)")
+    parser.add_argument("--data", default="digits", help="digits, a folder of images, or torchvision:NAME")
+    parser.add_argument("--scans", default="cross,hilbert,snake", help="names or specs, separated by commas")
+    parser.add_argument("--seeds", default="3", help="how many, or a list such as 0,1,5 (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="budget of every run (default: %(default)s)")
+    parser.add_argument("--out", default="runs/compare", help="folder of the comparison (default: %(default)s)")
+    parser.add_argument("--reference", help="what the others are compared to (default: the first order)")
+    parser.add_argument("--controls", default="random,none", help="random, none, both, or '' (default: %(default)s)")
+    parser.add_argument(
+        "--match-directions", action="store_true", help="repeat directions until all orders have as many"
+    )
+    parser.add_argument(
+        "--alpha", type=float, default=0.05, help="error rate of all comparisons (default: %(default)s)"
+    )
+    parser.add_argument("--image-size", type=int, help="pixels (default: the data's or the model's)")
+    parser.add_argument("--batch-size", type=int, help="images a step (default: that of the data module)")
+    parser.add_argument("--lr", type=float, help="highest learning rate (default: that of the classifier)")
+    parser.add_argument("--precision", help="as in Lightning, for instance bf16-mixed")
+    parser.add_argument("--accelerator", help="as in Lightning: cpu, gpu, ... (default: what there is)")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="keep the weights of finished runs")
+    parser.add_argument(
+        "--report-only", action="store_true", help="train nothing; table and report of what --out holds"
+    )
+    args = parser.parse_args(list(arguments))
+    console = Console()
+    if not console.is_terminal:  # a log has no width of its own
+        console = Console(width=140)
+
+    def show(comparison: Comparison) -> None:
+        for table in rich_tables(comparison):
+            console.print(table)
+        for sentence in (*comparison.verdict, *comparison.notes):
+            console.print(f"- {sentence}", highlight=False)
+        console.print(f"report: {Path(args.out) / 'report.html'}", highlight=False, soft_wrap=True)
+
+    if args.report_only:
+        from .report import write_all
+
+        comparison = load(args.out)
+        write_all(comparison, args.out)
+        show(comparison)
+        return 0
+    try:
+        comparison = orders(
+            args.model,
+            args.data,
+            split_specs(args.scans),
+            _seeds(args.seeds),
+            args.epochs,
+            args.out,
+            split_specs(args.controls),
+            args.reference,
+            args.match_directions,
+            alpha=args.alpha,
+            data_options=_given(image_size=args.image_size, batch_size=args.batch_size),
+            model_options=_given(lr=args.lr),
+            trainer_options=_given(precision=args.precision, accelerator=args.accelerator),
+            keep_checkpoints=args.keep_checkpoints,
+        )
+    except KeyboardInterrupt:
+        show(load(args.out))
+        console.print("Interrupted. The same command goes on where it stopped.", style="bold")
+        raise
+    show(comparison)
+    return 0
+
+
+def split_specs(text: str) -> list[str]:
+    """Specs separated by commas; commas inside parentheses belong to a spec."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _seeds(text: str) -> int | list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {text!r} must be a number, or numbers separated by commas, such as 0,1,2") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}

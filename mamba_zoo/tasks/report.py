@@ -98,7 +98,7 @@ def _ranks(c: Comparison) -> str:
     if len(c.orders) < 3:
         return ""
     text = (
-        f"<p>Friedman test over {f.blocks} seeds: chi-square {f.chi2:.2f}, p = {f.p:.3g} (by permutation within seeds). "
+        f"<p>Friedman test over {f.blocks} seeds: chi-square {f.chi2:.2f}, p = {f.p:.3g}, by permutation within seeds. "
         + ("The orders differ somewhere." if f.p <= c.alpha else "No difference among the orders is shown.")
         + "</p>"
     )
@@ -108,7 +108,7 @@ def _ranks(c: Comparison) -> str:
 
 
 def _orders(c: Comparison) -> str:
-    from ._figures import drawing, scan_statistics, svg
+    from ._figures import NEAR, drawing, scan_statistics, svg
 
     grid = " x ".join(str(n) for n in c.settings.get("grid", ()))
     parts, rows = [], []
@@ -123,13 +123,13 @@ def _orders(c: Comparison) -> str:
         parts.append(f"<h3>{name}</h3>{_image(svg(figure), alt, '')}")
         rows.append(
             [order.scan, f"{found['directions']:.0f}", f"{found['jump_mean']:.2f}", f"{100 * found['adjacent']:.0f}",
-             f"{100 * found['near_any']:.0f}", f"{found['gap_best_mean']:.1f}"]
+             f"{100 * found['near']:.0f}", f"{found['gap_mean']:.1f}"]
         )  # fmt: skip
     heads = ["order", "directions", "mean move", "moves to a neighbour, %", "neighbours near, %", "steps between them"]
     lead = (
         f"<p>On a grid of {grid}. A move is the way from one token to the next; neighbours are tokens that touch; near "
-        "is at most 16 steps apart in some direction. From dark (first) to bright (last); a ring is the first token, a "
-        "square the last; dotted lines are jumps.</p>"
+        f"is at most {NEAR} steps apart, counted over all directions. Colours run from dark (first) to bright (last); "
+        "a ring is the first token, a square the last; dotted lines are jumps.</p>"
     )
     return lead + (_table(heads, rows) if rows else "") + _figures(c, ("locality",)) + "".join(parts)
 

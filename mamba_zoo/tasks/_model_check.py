@@ -1,0 +1,90 @@
+"""`mamba-zoo doctor --model`: build a model, load its weights, feed it one input, and look for NaN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .nonfinite import NonFinite, find_nonfinite
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TENSOR_FILES = (".pt", ".pth", ".npy")
+
+
+def check_model(
+    name: str | None,
+    checkpoint: str | None = None,
+    input_file: str | None = None,
+    image_size: int | None = None,
+    precision: str = "float32",
+    device: str = "cpu",
+    train: bool = False,
+) -> NonFinite:
+    """Run a model on one input and name what is not finite.
+
+    Args:
+        name: Model; None with the checkpoint of a run.
+        checkpoint: A published file, or the checkpoint or folder of `mamba-zoo fit`.
+        input_file: An image; or a tensor in .pt, .pth or .npy, given to the model as it is. None is random noise.
+        image_size: Pixels; None is the model's.
+        precision: "float32", or autocast to "bfloat16" or "float16".
+        device: Where to run.
+        train: In training mode, with its dropout and batch statistics.
+
+    Raises:
+        ValueError: an unknown model, or files that do not fit it.
+        FileNotFoundError: no such file.
+    """
+    net, preprocess = _load(name, checkpoint, image_size)
+    x = _input(input_file, preprocess).to(device)
+    net = net.to(device).train(train)
+    dtype = PRECISIONS[precision]
+    with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
+        return find_nonfinite(net, x)
+
+
+def _load(name: str | None, checkpoint: str | None, image_size: int | None) -> tuple[nn.Module, Any]:
+    from .image_transforms import Preprocess
+
+    if checkpoint is not None and (Path(checkpoint).is_dir() or checkpoint.endswith(".ckpt")):
+        from .checkpoints import read_checkpoint
+        from .classification import ImageClassifier
+
+        if "hyper_parameters" in read_checkpoint(checkpoint):
+            classifier = ImageClassifier.from_checkpoint(checkpoint)
+            if name not in (None, classifier.name):
+                raise ValueError(f"{checkpoint} holds {classifier.name}, not {name}")
+            known = classifier.hparams.get("preprocess")
+            fallback = Preprocess.for_model(classifier.name, image_size, classifier.hparams["in_chans"])
+            return classifier.inference_net, Preprocess.from_dict(known) if known else fallback
+    if name is None:
+        raise ValueError("give --model NAME, or --checkpoint with a run of mamba-zoo fit")
+    import mamba_zoo
+
+    cfg = mamba_zoo.create_model(name, checkpoint_path=checkpoint) if checkpoint else mamba_zoo.create_model(name)
+    return cfg, Preprocess.for_model(name, image_size, 3)
+
+
+def _input(path: str | None, preprocess: Any) -> Tensor:
+    if path is None:
+        draw = torch.Generator().manual_seed(0)
+        return torch.randn(2, preprocess.in_chans, preprocess.size, preprocess.size, generator=draw)
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no input file {path}")
+    if file.suffix == ".npy":
+        import numpy as np
+
+        return torch.from_numpy(np.load(file, allow_pickle=False))
+    if file.suffix in _TENSOR_FILES:
+        value = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path} holds a {type(value).__name__}; a tensor is needed")
+        return value
+    from .image_files import read_image
+    from .image_transforms import eval_transform
+
+    return eval_transform(preprocess)(read_image(file, "L" if preprocess.in_chans == 1 else "RGB"))[None]
