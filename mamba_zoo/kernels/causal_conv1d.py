@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._backend import choose, implementation
 from ._conv_args import ConvArgs
+from ._op import define, set_gradient
 from ._order import pack_order, prepare_order
 from .selective_scan import _autocast, _check_cu_seqlens
 
@@ -145,8 +146,7 @@ def causal_conv1d_step(
     return (F.silu(y) if activation == "silu" else y).to(x.dtype), window[..., 1:]
 
 
-@torch.library.custom_op("mamba_zoo::causal_conv1d", mutates_args=())
-def _forward(
+def _run_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -163,14 +163,12 @@ def _forward(
     return y, weight.new_empty(0) if final is None else final
 
 
-@_forward.register_fake
-def _(x, weight, bias, order, offsets, initial_state, silu, complete, want_final, backend):
+def _fake_forward(x, weight, bias, order, offsets, initial_state, silu, complete, want_final, backend):
     s = ConvArgs(x, weight, bias, order, offsets, initial_state, silu, complete)
     return s.new_y(), s.new_state() if want_final else weight.new_empty(0)
 
 
-@torch.library.custom_op("mamba_zoo::causal_conv1d_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy: Tensor,
     dfinal: Tensor | None,
     x: Tensor,
@@ -188,13 +186,12 @@ def _backward(
     return [grads[name] for name in s.differentiable()]
 
 
-@_backward.register_fake
-def _(dy, dfinal, x, weight, bias, order, offsets, initial_state, silu, complete, backend):
+def _fake_backward(dy, dfinal, x, weight, bias, order, offsets, initial_state, silu, complete, backend):
     given = (x, weight, bias, initial_state)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given if t is not None]
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     *tensors, silu, complete, want_final, backend = inputs
     ctx.save_for_backward(*tensors)
     ctx.flags = (silu, complete, backend)
@@ -214,7 +211,9 @@ def _gradient(ctx, dy, dfinal):
     return g["x"], g["weight"], g.get("bias"), None, None, g.get("initial_state"), *[None] * 4
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+_forward = define("causal_conv1d", _run_forward, _fake_forward)
+_backward = define("causal_conv1d_backward", _run_backward, _fake_backward)
+set_gradient(_forward, _save, _gradient)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

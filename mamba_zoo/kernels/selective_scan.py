@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._backend import choose, implementation
+from ._op import define, set_gradient
 from ._order import pack_order, prepare_order
 from ._scan_args import ScanArgs
 
@@ -153,8 +154,7 @@ def selective_scan_step(
     return y.to(u.dtype), state
 
 
-@torch.library.custom_op("mamba_zoo::selective_scan", mutates_args=())
-def _forward(
+def _run_forward(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -181,8 +181,7 @@ def _forward(
     return y, nothing if final is None else final, nothing.clone() if saved is None else saved
 
 
-@_forward.register_fake
-def _(
+def _fake_forward(
     u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state,
     dt_softplus, reduce, complete, save, want_final, out_dtype, backend,
 ):  # fmt: skip
@@ -195,8 +194,7 @@ def _(
     )
 
 
-@torch.library.custom_op("mamba_zoo::selective_scan_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy: Tensor,
     dfinal: Tensor | None,
     saved: Tensor,
@@ -222,8 +220,7 @@ def _backward(
     return [grads[name] for name in s.differentiable()]
 
 
-@_backward.register_fake
-def _(
+def _fake_backward(
     dy, dfinal, saved, u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state,
     dt_softplus, reduce, complete, out_dtype, backend,
 ):  # fmt: skip
@@ -231,7 +228,7 @@ def _(
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given if x is not None]
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     *tensors, dt_softplus, reduce, complete, _, want_final, out_dtype, backend = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.flags = (dt_softplus, reduce, complete, out_dtype, backend)
@@ -252,7 +249,9 @@ def _gradient(ctx, dy, dfinal, _):
     return *g[:8], None, None, g[8], *[None] * 7
 
 
-_forward.register_autograd(_gradient, setup_context=_setup_context)
+_forward = define("selective_scan", _run_forward, _fake_forward)
+_backward = define("selective_scan_backward", _run_backward, _fake_backward)
+set_gradient(_forward, _save, _gradient)
 
 
 def _autocast(u: Tensor, *others: Tensor | None) -> list[Any]:
