@@ -219,6 +219,7 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.mamba_zoo.selective_scan.default, args)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
 def test_compiles_without_graph_breaks(backend):
     name, device = backend
     problem = make_problem(l=20, device=device, reduce="sum")
