@@ -14,8 +14,8 @@ _DEVICES = ("cuda", "xpu")  # torch calls AMD's devices cuda as well
 def refuse(device: str, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot serve `dtype` on `device`, or None.
 
-    With TRITON_INTERPRET=1 in the environment they serve CPU tensors instead, a thousand times slower, and only if asked
-    for by name.
+    With TRITON_INTERPRET=1 in the environment they serve CPU tensors instead, very slowly, and only if asked for by
+    name.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device != "cpu" if interpreted else device not in _DEVICES:

@@ -3,6 +3,9 @@
 Every tap reads its own tile of tokens; all but the first reading hit the cache. Steps of packed sequences know their
 row through a table, `row_of (k, m)`.
 """
+# Pyright takes functions that call the kernel language to never return.
+# pyright: reportGeneralTypeIssues=false
+# ruff: noqa: RUF005 (kernels cannot unpack into a tuple; a compile-time choice is an if statement)
 
 import triton
 import triton.language as tl

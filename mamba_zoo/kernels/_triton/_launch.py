@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    if x.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(x.device).device(x.device)
+def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) -> None:
+    """Run `programs` programs on the device of `like`, which need not be the current one, where Triton launches."""
+    if programs == 0:
+        return
+    on_cpu = like.device.type == "cpu"
+    with contextlib.nullcontext() if on_cpu else torch.get_device_module(like.device).device(like.device):
+        kernel[(programs,)](*args, **constants)
 
 
 def with_unit_stride(x: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ Programs and shapes are those of the forward kernel. The forward pass saved the 
 a chunk of S steps is run again, keeping the state before every tile of T steps in `scratch` (which stays in the cache),
 and then each tile, last first, is run once more with its states in registers and walked back.
 """
+# Pyright takes functions that call the kernel language to never return.
+# pyright: reportGeneralTypeIssues=false
+# ruff: noqa: RUF005, SIM108 (kernels cannot unpack into a tuple; a compile-time choice is an if statement)
 
 import triton
 import triton.language as tl

@@ -1,16 +1,26 @@
 """The forward kernel of the selective scan.
 
 One program carries the states of `R * DL` channels of one direction of one row through all its steps, a tile of T
-steps at a time. The state has shape (NP, R, DL), of channel `block * R * DL + r * DL + c`: so a lane holds NP states of a
-channel (or a part of them), and sums over n need few exchanges between lanes or none.
+steps at a time. The state has shape (NP, R, DL), of channel `block * R * DL + r * DL + c`: so a lane holds NP states of
+a channel (or a part of them), and sums over n need few exchanges between lanes or none.
 """
+# Pyright takes functions that call the kernel language to never return.
+# pyright: reportGeneralTypeIssues=false
+# ruff: noqa: RUF005 (kernels cannot unpack into a tuple; a compile-time choice is an if statement)
 
 import triton
 import triton.language as tl
 
 from ._math import LOG2E, sigmoid
 from ._tiles import (
-    in_state, load_tile, load_tokens, per_channel, per_state, row_of_program, step_size, store_tile,
+    in_state,
+    load_tile,
+    load_tokens,
+    per_channel,
+    per_state,
+    row_of_program,
+    step_size,
+    store_tile,
     together,
 )  # fmt: skip
 

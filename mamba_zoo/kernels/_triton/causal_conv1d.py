@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._conv_args import ConvArgs
-from ._launch import common_width, needs_wide_offsets, on_device_of, stored_dtype, strides, with_unit_stride
+from ._launch import common_width, launch, needs_wide_offsets, stored_dtype, strides, with_unit_stride
 
 _STEPS = 16  # of a tile
 _RUN = 8  # tiles of a program that sums gradients of weights
@@ -19,17 +19,17 @@ def forward(s: ConvArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
     c = _Call(s, with_unit_stride(s.x))
     y = c.new_rows()
     final = s.new_state() if want_final else None
-    with on_device_of(s.x):
-        if s.m:
-            conv_forward[(c.programs(c.tiles),)](
-                c.x, c.weight, c.bias, s.order, s.offsets, c.row_of, c.initial, y, *c.sizes(c.tiles), *c.strides_of(c.x),
-                SILU=s.silu, W=s.w, T=_STEPS, BD=c.channels, V=c.width, WIDE=c.wide,
-            )  # fmt: skip
-        if final is not None and s.w > 1:
-            conv_final_state[(s.states * s.k * c.blocks,)](
-                c.x, s.order, s.offsets, c.initial, final, *c.state_sizes(), *strides(c.x),
-                W=s.w, BD=c.channels, WIDE=c.wide,
-            )  # fmt: skip
+    launch(
+        conv_forward, c.programs(c.tiles), s.x,
+        c.x, c.weight, c.bias, s.order, s.offsets, c.row_of, c.initial, y, *c.sizes(c.tiles), *c.strides_of(c.x),
+        SILU=s.silu, W=s.w, T=_STEPS, BD=c.channels, V=c.width, WIDE=c.wide,
+    )  # fmt: skip
+    if final is not None and s.w > 1:
+        launch(
+            conv_final_state, s.states * s.k * c.blocks, s.x,
+            c.x, s.order, s.offsets, c.initial, final, *c.state_sizes(), *strides(c.x),
+            W=s.w, BD=c.channels, WIDE=c.wide,
+        )  # fmt: skip
     return y.to(s.x.dtype), final
 
 
@@ -50,20 +50,21 @@ def backward(s: ConvArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor
         None if s.initial_state is None else torch.empty_like(s.initial_state, memory_format=torch.contiguous_format)
     )
     fixed = {"W": s.w, "BD": c.channels, "WIDE": c.wide}
-    with on_device_of(s.x):
-        conv_backward_weight[(c.programs(runs),)](
-            c.x, c.weight, c.bias, s.order, s.offsets, c.row_of, c.initial, dy, g, dweight, dbias, *c.sizes(runs),
-            *c.strides_of(c.x), *c.strides_of(dy), _RUN, SILU=s.silu, T=_STEPS, V=c.width, **fixed,
+    launch(
+        conv_backward_weight, c.programs(runs), s.x,
+        c.x, c.weight, c.bias, s.order, s.offsets, c.row_of, c.initial, dy, g, dweight, dbias, *c.sizes(runs),
+        *c.strides_of(c.x), *c.strides_of(dy), _RUN, SILU=s.silu, T=_STEPS, V=c.width, **fixed,
+    )  # fmt: skip
+    launch(
+        conv_backward_x, c.programs(c.tiles), s.x,
+        g, c.weight, s.order, s.offsets, c.row_of, dfinal, dx, *c.sizes(c.tiles), *c.strides_of(g),
+        T=_STEPS, V=c.width, **fixed,
+    )  # fmt: skip
+    if dinitial is not None and s.w > 1:
+        launch(
+            conv_backward_state, s.states * s.k * c.blocks, s.x,
+            g, c.weight, s.order, s.offsets, dfinal, dinitial, *c.state_sizes(), *strides(g), **fixed,
         )  # fmt: skip
-        if s.m:
-            conv_backward_x[(c.programs(c.tiles),)](
-                g, c.weight, s.order, s.offsets, c.row_of, dfinal, dx, *c.sizes(c.tiles), *c.strides_of(g),
-                T=_STEPS, V=c.width, **fixed,
-            )  # fmt: skip
-        if dinitial is not None and s.w > 1:
-            conv_backward_state[(s.states * s.k * c.blocks,)](
-                g, c.weight, s.order, s.offsets, dfinal, dinitial, *c.state_sizes(), *strides(g), **fixed
-            )
     if s.x.dim() == 3:
         dx = dx[:, :, 0] if s.k == 1 else dx.sum(2)
     grads = {"x": dx.to(s.x.dtype), "weight": dweight.sum(0).transpose(1, 2).contiguous()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._scan_args import ScanArgs
-from ._launch import common_width, needs_wide_offsets, on_device_of, stored_dtype, strides, with_unit_stride
+from ._launch import common_width, launch, needs_wide_offsets, stored_dtype, strides, with_unit_stride
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ FORWARD = {
 }
 BACKWARD = {
     1: Shape(1, 32, 8),
-    2: Shape(1, 16, 4),
-    4: Shape(1, 8, 4),
-    8: Shape(1, 8, 4),
-    16: Shape(1, 8, 4),
-    32: Shape(1, 8, 2),
-    64: Shape(1, 4, 2),
-    128: Shape(1, 4, 2, 2),
-    256: Shape(1, 4, 2, 4),
+    2: Shape(1, 32, 4),
+    4: Shape(2, 8, 4),
+    8: Shape(2, 8, 4),
+    16: Shape(2, 8, 4),
+    32: Shape(1, 8, 4),
+    64: Shape(1, 8, 4, 2),
+    128: Shape(1, 8, 4, 4),
+    256: Shape(1, 8, 4, 8),
 }
 # With fewer channels than this in flight, states of a channel are spread over more lanes: more programs, each shorter.
 _MANY_CHANNELS = 32768
@@ -54,7 +54,7 @@ _SPACING = 32
 
 def saved_shape(s: ScanArgs) -> tuple[int, ...]:
     """States inside each row, before every `spacing`-th step but the first."""
-    return (s.b, s.k, s.m // _spacing(s.n), s.n, s.d)
+    return (s.b, s.k, s.m // saved_spacing(s.n), s.n, s.d)
 
 
 def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -67,15 +67,15 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
     final = s.new_state().view(s.states, s.k, s.n, s.d) if want_final else None
     saved = s.u.new_empty(saved_shape(s), dtype=torch.float32) if save else None
     blocks = -(-s.d // (shape.groups * shape.lanes))
-    with on_device_of(s.u):
-        scan_forward[(s.states * s.k * blocks,)](
-            x.u, x.dt, x.A, x.B, x.C, x.D, x.z, x.bias, s.order, s.offsets, x.initial, y, final, saved,
-            s.l, s.m, s.k, s.d, blocks, s.states, s.m // _spacing(s.n),
-            *x.order_strides, *strides(x.u, x.width), *strides(x.dt, x.width), *strides(_or(x.z, x.u), x.width),
-            *strides(x.B, x.state_width), *strides(x.C, x.state_width),
-            SOFTPLUS=s.dt_softplus, N=s.n, NP=_power_of_two(s.n), R=shape.groups, DL=shape.lanes, T=shape.steps,
-            S=_spacing(s.n), V=x.width, VN=x.state_width, WIDE=x.wide, num_warps=shape.warps,
-        )  # fmt: skip
+    launch(
+        scan_forward, s.states * s.k * blocks, s.u,
+        x.u, x.dt, x.A, x.B, x.C, x.D, x.z, x.bias, s.order, s.offsets, x.initial, y, final, saved,
+        s.l, s.m, s.k, s.d, blocks, s.states, s.m // saved_spacing(s.n),
+        *x.order_strides, *strides(x.u, x.width), *strides(x.dt, x.width), *strides(_or(x.z, x.u), x.width),
+        *strides(x.B, x.state_width), *strides(x.C, x.state_width),
+        SOFTPLUS=s.dt_softplus, N=s.n, NP=_power_of_two(s.n), R=shape.groups, DL=shape.lanes, T=shape.steps,
+        S=saved_spacing(s.n), V=x.width, VN=x.state_width, WIDE=x.wide, num_warps=shape.warps,
+    )  # fmt: skip
     if s.reduce != "none":
         y = y[:, :, 0] if s.k == 1 else y.sum(2) if s.reduce == "sum" else y.mean(2)
     return y.to(s.out_dtype), None if final is None else final.transpose(2, 3).contiguous(), saved
@@ -93,7 +93,7 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
     block = shape.groups * shape.lanes
     blocks = -(-s.d // block)
     programs = s.states * s.k * blocks
-    inner = _spacing(s.n) // shape.steps - 1
+    inner = saved_spacing(s.n) // shape.steps - 1
     atomic = blocks > 1 and not torch.are_deterministic_algorithms_enabled()
     parts = 1 if atomic else blocks
     new = s.u.new_zeros if atomic or not s.complete else s.u.new_empty
@@ -105,17 +105,17 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
     dA = torch.empty(s.states, s.k, s.n, s.d, **float32)
     dD, dbias = (None if t is None else torch.empty(s.states, s.k, s.d, **float32) for t in (s.D, s.dt_bias))
     dinitial = None if s.initial_state is None else torch.empty_like(dA)
-    with on_device_of(s.u):
-        scan_backward[(programs,)](
-            x.u, x.dt, x.A, x.B, x.C, x.D, x.z, x.bias, s.order, s.offsets, x.initial, saved, scratch, dy, dfinal,
-            du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, 1.0 / s.k if s.reduce == "mean" else 1.0,
-            s.l, s.m, s.k, s.d, blocks, s.states, s.m // _spacing(s.n), 0 if atomic else dB[0].numel(),
-            block * _power_of_two(s.n),
-            *x.order_strides, *strides(x.u, x.width), *strides(x.dt, x.width), *strides(_or(x.z, x.u), x.width),
-            *strides(dy, x.width), *strides(x.B, x.state_width), *strides(x.C, x.state_width),
-            SOFTPLUS=s.dt_softplus, N=s.n, NP=_power_of_two(s.n), R=shape.groups, DL=shape.lanes, T=shape.steps,
-            S=_spacing(s.n), V=x.width, VN=x.state_width, WIDE=x.wide, ATOMIC=atomic, num_warps=shape.warps,
-        )  # fmt: skip
+    launch(
+        scan_backward, programs, s.u,
+        x.u, x.dt, x.A, x.B, x.C, x.D, x.z, x.bias, s.order, s.offsets, x.initial, saved, scratch, dy, dfinal,
+        du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, 1.0 / s.k if s.reduce == "mean" else 1.0,
+        s.l, s.m, s.k, s.d, blocks, s.states, s.m // saved_spacing(s.n), 0 if atomic else dB[0].numel(),
+        block * _power_of_two(s.n),
+        *x.order_strides, *strides(x.u, x.width), *strides(x.dt, x.width), *strides(_or(x.z, x.u), x.width),
+        *strides(dy, x.width), *strides(x.B, x.state_width), *strides(x.C, x.state_width),
+        SOFTPLUS=s.dt_softplus, N=s.n, NP=_power_of_two(s.n), R=shape.groups, DL=shape.lanes, T=shape.steps,
+        S=saved_spacing(s.n), V=x.width, VN=x.state_width, WIDE=x.wide, ATOMIC=atomic, num_warps=shape.warps,
+    )  # fmt: skip
     grads = {
         "u": _over_directions(du, s.u),
         "dt": ddt.to(s.dt.dtype),
@@ -167,7 +167,8 @@ def _forward_shape(s: ScanArgs) -> Shape:
     return Shape(shape.groups, lanes, shape.steps, shape.warps)
 
 
-def _spacing(n: int) -> int:
+def saved_spacing(n: int) -> int:
+    """Steps between the states that the forward pass saves, for `n` states."""
     return _SPACING if n > 1 else BACKWARD[1].steps
 
 

@@ -1,0 +1,176 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for NVIDIA's machines.
+
+The interpreter is chosen when triton is imported, so its cases run in a process of their own: this same file, started
+once more with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .problems import INTERPRETED, assert_agrees, make_problem, random_order, solve
+from .test_causal_conv1d import check as check_convolution
+from .test_causal_conv1d import random_order as random_visits
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+SCANS: dict[str, dict[str, Any]] = {
+    "two chunks and a tail, with state": {"b": 1, "l": 37, "k": 1, "d": 9, "n": 16, "state": True},
+    "one state, several tiles": {"b": 2, "l": 19, "k": 2, "d": 5, "n": 1, "state": True},
+    "odd states, empty steps, mean": {"l": 9, "n": 3, "order": "empty", "reduce": "mean", "state": True},
+    "order per sample, sum in float32": {
+        "l": 6, "n": 2, "order": "per sample", "reduce": "sum", "dtype": torch.bfloat16, "out_dtype": torch.float32,
+    },
+    "nothing optional": {
+        "l": 7, "n": 1, "z": None, "bias": False, "skip": False, "softplus": False, "order": None,
+        "dtype": torch.float16,
+    },
+    "own tokens and gates, strided": {
+        "b": 1, "l": 6, "n": 2, "u_per_direction": True, "z": "per direction", "strided": True,
+        "dtype": torch.bfloat16,
+    },
+    "packed, one sequence of two chunks": {"b": 1, "k": 2, "d": 3, "n": 2, "sequences": (0, 5, 0, 34, 0), "state": True},
+    "many states": {"b": 1, "l": 5, "k": 1, "d": 3, "n": 100},
+    "channel blocks that share B and C": {"b": 1, "l": 9, "k": 1, "d": 40, "n": 4},
+}  # fmt: skip
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "two tiles": {"l": 20, "k": 1, "d": 3, "activation": "silu"},
+    "empty steps, float16": {"m": 12, "activation": None, "dtype": torch.float16},
+    "skipped tokens, bfloat16": {"m": 5, "activation": "silu", "dtype": torch.bfloat16, "shared": False},
+    "order per sample": {"m": 11, "per_sample": True, "activation": "silu"},
+    "packed": {"b": 1, "rows": 4, "cuts": [0, 1, 1, 3, 9], "activation": "silu"},
+    "one tap": {"w": 1, "activation": None, "b": 1},
+    "seven taps, no state": {"w": 7, "l": 5, "activation": "silu", "use_bias": False, "use_state": False},
+}
+
+if INTERPRETED:
+
+    @pytest.mark.parametrize("name", SCANS)
+    def test_scan(name):
+        problem = dict(SCANS[name])
+        if problem.get("order") == "empty":
+            problem["order"] = random_order(2, 9, m=7, empty=2)
+        if problem.get("order") == "per sample":
+            problem["order"] = random_order(2, 6, b=2)
+        assert_agrees(make_problem(**problem), "triton")
+
+    @pytest.mark.parametrize("name", CONVOLUTIONS)
+    def test_convolution(name):
+        case = dict(CONVOLUTIONS[name])
+        l, k, m, per_sample = case.get("l", 9), case.get("k", 2), case.pop("m", None), case.pop("per_sample", False)
+        order = random_visits(k, l, l if m is None else m, b=2 if per_sample else None)
+        check_convolution(torch.device("cpu"), case.pop("dtype", torch.float32), order, case.pop("activation"), **case)
+
+    def test_deterministic():
+        problem = make_problem(b=1, l=6, k=1, d=40, n=2)
+        torch.use_deterministic_algorithms(True)
+        try:
+            first, seeds = solve(problem, backend="triton")
+            second, _ = solve(problem, seeds, backend="triton")
+            assert_agrees(problem, "triton")
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+    def test_offsets_of_64_bits(monkeypatch):
+        from mamba_zoo.kernels._triton import causal_conv1d, selective_scan
+
+        for module in (causal_conv1d, selective_scan):
+            monkeypatch.setattr(module, "needs_wide_offsets", lambda *tensors: True)
+        assert_agrees(make_problem(b=1, l=5, k=1, d=3, n=2), "triton")
+        check_convolution(torch.device("cpu"), torch.float32, None, "silu", l=3, b=1)
+
+    def test_the_interpreter_is_never_chosen():
+        from mamba_zoo.kernels._backend import choose
+
+        cpu = torch.device("cpu")
+        assert choose("triton", cpu, torch.float32) == "triton"
+        assert choose("auto", cpu, torch.float32) != "triton"
+
+else:
+
+    def test_kernels_agree_in_the_interpreter():
+        # numpy's warning is about triton's own code.
+        allow = "ignore:Conversion of an array with ndim:DeprecationWarning"
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-W", allow, "-p", "no:cacheprovider", __file__],
+            env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout[-3000:]
+        assert f"{len(SCANS) + len(CONVOLUTIONS) + 3} passed" in run.stdout, run.stdout[-500:]
+
+    def stack_bytes(
+        kernel: Any, constants: dict[str, Any], arch: int, warps: int = 1, absent: tuple[str, ...] = ()
+    ) -> int:
+        """Compile for `arch` with bfloat16 tokens; return the bytes that every lane keeps in local memory."""
+        import re
+        import tempfile
+
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        tokens = {"u", "dt", "B", "C", "z", "y", "dy", "du", "ddt", "dz", "x", "g", "dx"}
+        tables = {"order", "offsets", "row_of"}
+        constants = {**constants, **dict.fromkeys(absent)}
+        types = {}
+        for parameter in kernel.params:
+            name = parameter.name
+            if name in constants:
+                types[name] = "constexpr"
+            elif parameter.do_not_specialize:
+                types[name] = "fp32" if name == "scale" else "i32"
+            else:
+                types[name] = "*bf16" if name in tokens else "*i32" if name in tables else "*fp32"
+        place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+        aligned = {place[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")}
+        source = ASTSource(kernel, types, {place[name]: value for name, value in constants.items()}, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+        return int(re.findall(r"STACK:(\d+)", usage)[0])
+
+    @pytest.mark.parametrize(("n", "arch"), [(1, 90), (16, 80), (16, 90)])
+    def test_scan_compiles_without_spilling(n, arch):
+        from mamba_zoo.kernels._triton import selective_scan as host
+        from mamba_zoo.kernels._triton._scan_backward import scan_backward
+        from mamba_zoo.kernels._triton._scan_forward import scan_forward
+
+        spacing = host.saved_spacing(n)
+        common = {"SOFTPLUS": True, "N": n, "NP": n, "S": spacing, "V": 8, "VN": min(n, 8), "WIDE": False}
+        absent = ("offsets", "initial")
+        for kernel, shape, more, unused in (
+            (scan_forward, host.FORWARD[n], {}, ("final",)),
+            (scan_backward, host.BACKWARD[n], {"ATOMIC": True}, ("dfinal", "dinitial")),
+        ):
+            constants = {**common, "R": shape.groups, "DL": shape.lanes, "T": shape.steps, **more}
+            assert stack_bytes(kernel, constants, arch, shape.warps, absent + unused) == 0, kernel
+
+    def test_convolution_compiles():
+        from mamba_zoo.kernels._triton import _conv_kernels as kernels
+
+        tile = {"W": 4, "T": 16, "BD": 64, "V": 8, "WIDE": False}
+        state = {"W": 4, "BD": 64, "WIDE": False}
+        plain, packed = ("offsets", "row_of", "initial"), ()
+        for kernel, constants, absent in (
+            (kernels.conv_forward, {**tile, "SILU": True}, plain),
+            (kernels.conv_forward, {**tile, "SILU": True}, packed),
+            (kernels.conv_backward_weight, {**tile, "SILU": True}, plain),
+            (kernels.conv_backward_x, tile, ("offsets", "row_of", "dfinal")),
+            (kernels.conv_final_state, state, packed),
+            (kernels.conv_backward_state, state, packed),
+        ):
+            assert stack_bytes(kernel, constants, 90, 4, absent) == 0, kernel
