@@ -175,11 +175,12 @@ def model_card(name: str, count: bool = False) -> ModelCard:
 def _count(name: str) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = timm.create_model(name, device="meta").eval()
+    model: Any = timm.create_model(name, device="meta").eval()
     counted: dict[str, Any] = {"counted_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     size = published_cfg(model).input_size
     if size is not None:
+        shape = model.input_shape(*size[-2:]) if hasattr(model, "input_shape") else tuple(size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, *size, device="meta"))
-        counted |= {"counted_gmacs": counter.get_total_flops() / 2e9, "input_size": tuple(size)}
+            model(torch.empty(1, *shape, device="meta"))
+        counted |= {"counted_gmacs": counter.get_total_flops() / 2e9, "input_size": shape}
     return counted

@@ -207,5 +207,5 @@ def resample_grid(positions: Tensor, old: tuple[int, int], new: tuple[int, int])
 
 # torch.fx takes these whole: they look at shapes and dtypes. Not as decorators, which would hide their types.
 register_notrace_module(PatchMerge)
-for _function in (check_image, resample_positions, resample_grid):
+for _function in (check_image, resample_positions):
     register_notrace_function(_function)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from timm.layers._fx import register_notrace_function
 from torch import Tensor
 
 
@@ -39,8 +38,3 @@ def join_windows(windows: Tensor, side: int, height: int, width: int) -> Tensor:
     rows, columns = -(-height // side), -(-width // side)
     x = windows.view(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
     return x.reshape(-1, rows * side, columns * side, windows.shape[-1])[:, :height, :width]
-
-
-# torch.fx takes these whole: they look at shapes. Not as decorators, which would hide their types.
-for _function in (split_windows, join_windows):
-    register_notrace_function(_function)

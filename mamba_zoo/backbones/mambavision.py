@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers._fx import register_notrace_module
 from timm.layers.attention import Attention
@@ -30,6 +31,10 @@ from ._keys import Key, rename
 from ._register import Card, build_model, image_cfg, register
 from ._ssm import DirectionLinear, SelectiveSSM, resolve_dt_rank, resolve_scan
 from ._windows import join_windows, split_windows
+
+# torch.fx takes these whole: they look at shapes.
+for _function in ("join_windows", "split_windows"):
+    torch.fx.wrap(_function)
 
 
 class MambaVisionMixer(nn.Module):
@@ -474,6 +479,6 @@ def mambavision_l3_512_21k(pretrained: bool = False, **kwargs: Any) -> MambaVisi
     return _build("mambavision_l3_512_21k", pretrained, **{**_L3, "windows": (32, 16), **kwargs})
 
 
-# torch.fx takes these whole: they look at shapes and devices. Not as decorators, which would hide their types.
+# The same for modules. Not as decorators, which would hide their types.
 for _leaf in (MambaVisionMixer, TokenConv):
     register_notrace_module(_leaf)

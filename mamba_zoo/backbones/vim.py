@@ -142,7 +142,7 @@ class Vim(Tokens):
         return (tokens - 1) // 2
 
 
-def token_order(spec: str, grid: tuple[int, int], x: Tensor) -> Tensor:
+def token_order(spec: str, grid: tuple[int, ...], x: Tensor) -> Tensor:
     """`scan_order` on the device of `x`."""
     return scan_order(spec, grid, x.device)
 

@@ -65,6 +65,15 @@ def recorded(**modules: nn.Module) -> Iterator[dict[str, Any]]:
             hook.remove()
 
 
+def classify(model: Any, x: Tensor) -> dict[str, Tensor]:
+    """Features before the classifier, and logits, of one pass."""
+    read: list[Tensor] = []
+    hook = model.get_classifier().register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
+    logits = model(x)
+    hook.remove()
+    return {"features": read[0], "logits": logits}
+
+
 def vmamba_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
     require(kwargs, ssm_act_layer="silu", ssm_conv=3, ssm_drop_rate=0.0, ssm_init="v0", mlp_act_layer="gelu")
     require(kwargs, mlp_drop_rate=0.0, patch_norm=True, gmlp=False, posembed=False)
@@ -123,9 +132,8 @@ def vim_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> d
     embedded: list[Tensor] = []
     hook = model.blocks[0].register_forward_pre_hook(lambda _, arguments: embedded.append(arguments[0]))
     with recorded(**blocks) as pairs:
-        features = model.forward_head(model.forward_features(inputs["x"]), pre_logits=True)
+        outputs = {**classify(model, inputs["x"]), "embed": embedded[0]}
     hook.remove()
-    outputs = {"embed": embedded[0], "features": features, "logits": model(inputs["x"])}
     for name, (hidden, residual) in pairs.items():
         outputs |= {f"{name}.hidden": hidden, f"{name}.residual": residual}
     return outputs
@@ -161,9 +169,9 @@ def mambavision_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, An
     windows = {f"level{i}.block0.mixer": model.stages[i].blocks[0].mixer for i in (2, 3)}
     windows |= {f"level{i}.last_block": model.stages[i].blocks[-1] for i in (2, 3)}
     with recorded(stem=model.stem, **maps, level3=model.stages[3]) as outputs, recorded(**windows) as tokens:
-        features = model.forward_head(model.forward_features(inputs["x"]), pre_logits=True)
+        final = classify(model, inputs["x"])
     outputs = {name: y.permute(0, 3, 1, 2) for name, y in outputs.items()}
-    return {**outputs, **tokens, "features": features, "logits": model(inputs["x"])}
+    return {**outputs, **tokens, **final}
 
 
 def plainmamba_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
@@ -190,14 +198,33 @@ def plainmamba_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any
     maps = {name: model.stages[i] for i, name in wanted.items()}
     maps |= {f"{name}.mixer": model.stages[i].blocks[0].mixer for i, name in wanted.items()}
     with recorded(embed=model.stem, **maps) as outputs:
-        features = model.forward_head(model.forward_features(inputs["x"]), pre_logits=True)
+        final = classify(model, inputs["x"])
     outputs = {name: y.flatten(1, 2) for name, y in outputs.items()}
-    return {**outputs, "features": features, "logits": model(inputs["x"])}
+    return {**outputs, **final}
+
+
+def videomamba_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    require(kwargs, rms_norm=True, residual_in_fp32=True, bimamba=True, kernel_size=1, stride=kwargs["patch_size"])
+    return "videomamba_tiny_video" if "num_frames" in kwargs else "videomamba_tiny", {
+        "img_size": kwargs["img_size"],
+        "patch_size": kwargs["patch_size"],
+        "depth": kwargs["depth"],
+        "dim": kwargs["embed_dim"],
+        "in_chans": kwargs["channels"],
+        "num_classes": kwargs["num_classes"],
+        "num_frames": kwargs.get("num_frames"),
+        "drop_rate": kwargs.get("fc_drop_rate", 0.0),
+    }
+
+
+def videomamba_container(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {"module": state} if "temporal_pos_embedding" in state else state
 
 
 FAMILIES = {
     "vmamba": Family(vmamba_arguments, vmamba_run, lambda state: {"model": state}),
     "vim": Family(vim_arguments, vim_run, vim_container),
+    "videomamba": Family(videomamba_arguments, vim_run, videomamba_container),
     "mambavision": Family(mambavision_arguments, mambavision_run, lambda state: {"state_dict": state, "epoch": 309}),
     "plainmamba": Family(plainmamba_arguments, plainmamba_run, lambda state: {"meta": {}, "state_dict": state}),
     "lm": Family(mamba_arguments, lambda model, inputs, _: {"y": model(inputs["x"])}, dict),
