@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Kernel:
             compiled = cfunc(signature, cache=True, error_model="numpy")(self.function)
         except (RuntimeError, OSError):  # no directory for the cache can be written
             compiled = cfunc(signature, error_model="numpy")(self.function)
-        return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(compiled.address)
+        return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(cast(int, compiled.address))
 
     def __call__(self, items: int, scratch_floats: int, **fields: int) -> None:
         """Run all items. `scratch_floats` float32 of scratch memory are given to each thread."""
