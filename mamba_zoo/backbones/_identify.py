@@ -30,7 +30,8 @@ def blueprint(name: str) -> nn.Module:
 def published_cfg(model: nn.Module) -> PretrainedCfg:
     """The published configuration that timm's builder left on `model`; an empty one if it was built by hand."""
     cfg: Any = getattr(model, "pretrained_cfg", {})
-    return PretrainedCfg(**cfg)
+    # The builder leaves out what is None, and 3 x 224 x 224 would come back where there is no size.
+    return PretrainedCfg(**{"input_size": None, **cfg})
 
 
 def filter_of(module: str) -> FilterFn:
@@ -50,8 +51,14 @@ def identify(state: Mapping[str, Tensor]) -> dict[str, Match]:
     Families can share names and shapes (Vim and VideoMamba do), so there may be several. Models that the weights fit
     as they are come alone; those that need a resized table are only listed when there is no other.
     """
+    from ._register import cards  # which builds on this file
+
     found: dict[str, Match] = {}
+    size = sum(value.numel() for value in state.values())
     for name in zoo_models():
+        # Building every model, even without memory, takes seconds. Classifiers differ by less than this.
+        if name in cards() and (params := cards()[name].params) and not params / 2 < size < params * 2:
+            continue
         model = blueprint(name)
         cfg, filter_fn = published_cfg(model), filter_of(model_entrypoint(name).__module__)
         for weights in variants(state):

@@ -20,6 +20,7 @@ from torch import nn
 import mamba_zoo
 
 IMAGE = mamba_zoo.list_models(modality="image")
+OTHERS = [name for name in mamba_zoo.list_models() if name not in IMAGE]
 # Widths differ from the side of every map, so that a wrong layout cannot pass for the right one.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "vmamba_mini": ("vmamba_mini", {}),
@@ -106,6 +107,24 @@ def test_everything_is_made_on_the_device_and_in_the_dtype(name):
     wide = {key.rsplit(".", 1)[-1] for key, value in floats.items() if value.dtype != torch.bfloat16}
     assert wide <= set(STATE_SPACE), "only state-space parameters may stay float32"
     assert tensors[f"{model.pretrained_cfg['first_conv']}.weight"].shape[1] == model.in_chans == 4
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_models_of_other_modalities(other):
+    card, model = mamba_zoo.model_card(other), on_meta(other, dtype=torch.bfloat16)
+    assert model.pretrained_cfg["architecture"] == other
+    parameters = dict(model.named_parameters())
+    assert all(p.is_meta for p in parameters.values())
+    wide = {key.rsplit(".", 1)[-1] for key, p in parameters.items() if p.dtype != torch.bfloat16}
+    assert wide <= set(STATE_SPACE)
+    if card.params is not None:
+        assert sum(p.numel() for p in parameters.values() if p.requires_grad) == card.params
+    if card.url is not None:
+        assert card.checkpoint is not None
+    if hasattr(model, "no_weight_decay"):
+        assert model.no_weight_decay() <= set(parameters)
+    with pytest.raises(TypeError, match=f"{other} takes no argument 'windoow_size'"):
+        on_meta(other, windoow_size=7)
 
 
 def test_features_and_logits_have_the_promised_shapes(name):
