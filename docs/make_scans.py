@@ -12,7 +12,7 @@ from mamba_zoo.scans import SCANS, ScanEntry, build_scan, list_scans
 
 PAGE = Path(__file__).parent / "scans.md"
 PICTURES = Path(__file__).parent / "scans"
-GRID = (14, 14)
+GRIDS = {2: (14, 14), 3: (4, 8, 8)}  # of images and of videos
 BEGIN, END = "<!-- begin: written by docs/make_scans.py -->", "<!-- end -->"
 COLUMNS = {
     "jump_mean": "mean jump",
@@ -33,25 +33,31 @@ def main() -> None:
 
 def draw(name: str, path: Path) -> None:
     """A picture of limited colours, which keeps the repository small."""
-    build_scan(name, *GRID).plot(path, panel=1.9, title="", dpi=90)
+    build_scan(name, *grid_of(name)).plot(path, panel=1.9, title="", dpi=90)
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(160, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
 
+def grid_of(name: str) -> tuple[int, ...]:
+    """The grid that a scan is shown on: of an image wherever it takes one."""
+    return GRIDS[len(SCANS[name].axes or GRIDS[2])]
+
+
 def generated() -> str:
     """The table of all scans, then one section each."""
-    head = f"| scan | directions | {' | '.join(COLUMNS.values())} |"
+    head = f"| scan | grid | directions | {' | '.join(COLUMNS.values())} |"
     rows = [head, re.sub(r"[^|]+", "---", head), *(table_row(name) for name in list_scans())]
     return "\n".join(rows) + "\n\n" + "\n".join(section(name, SCANS[name]) for name in list_scans())
 
 
 def table_row(name: str) -> str:
     """Directions and statistics of one scan."""
-    scan = build_scan(name, *GRID)
+    scan = build_scan(name, *grid_of(name))
     found = scan.statistics(window=8)
     cells = [f"{found[key]:.2f}" if scan_has(found, key) else "none" for key in COLUMNS]
-    return f"| [{name}](#{name}) | {scan.k} | {' | '.join(cells)} |"
+    grid = " x ".join(map(str, scan.size))
+    return f"| [{name}](#{name}) | {grid} | {scan.k} | {' | '.join(cells)} |"
 
 
 def scan_has(found: dict[str, float], key: str) -> bool:
