@@ -148,9 +148,8 @@ class FitCLI(LightningCLI):
         try:
             fit(self.trainer, self.model, self.datamodule, last if self.resume else None)
         except KeyboardInterrupt:
-            done = len(self.history.rows)
             where = (
-                f"{done} epochs are saved; continue with: mamba-zoo fit --resume {self.out}"
+                f"complete epochs are saved; continue with: mamba-zoo fit --resume {self.out}"
                 if last.exists()
                 else "no epoch was complete, nothing is saved"
             )

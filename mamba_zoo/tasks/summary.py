@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.callbacks import Checkpoint, RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
@@ -22,8 +22,12 @@ def progress_bar() -> list[Callback]:
     return [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
 
 
-class EpochLines(Callback):
-    """One line an epoch, for logs and pipes; silent where a progress bar is shown."""
+class EpochLines(Checkpoint):
+    """One line an epoch, for logs and pipes; silent where a progress bar is shown.
+
+    It counts as a checkpoint for the trainer, which calls those last and in order: a line then says that the epoch is
+    saved.
+    """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without a bar of ours, without any."""
