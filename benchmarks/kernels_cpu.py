@@ -121,20 +121,25 @@ def disagreement(ours: Callable, baseline: Callable, problem: dict[str, Any], dy
     return None
 
 
-def interleaved(ours: Callable[[], Any], baseline: Callable[[], Any], seconds: float) -> tuple[list, list]:
-    """Times in ms of both, in turn, so that other load on the machine meets both alike."""
+def interleaved(
+    ours: Callable[[], Any], baseline: Callable[[], Any], seconds: float, clock: Callable[[], float]
+) -> tuple[list, list]:
+    """Times in ms of both by `clock`, in turn, so that other load on the machine meets both alike."""
     times: tuple[list[float], list[float]] = ([], [])
-    ours(), baseline()
+    for run in (ours, baseline):
+        run()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 5:
         for run, into in ((ours, times[0]), (baseline, times[1])):
-            start = time.perf_counter()
+            start = clock()
             run()
-            into.append((time.perf_counter() - start) * 1e3)
+            into.append((clock() - start) * 1e3)
     return times
 
 
-def measure(op: str, shape: tuple, problem: dict[str, Any], ours: Callable, baseline: Callable, seconds: float) -> list:
+def measure(
+    op: str, shape: tuple, problem: dict[str, Any], ours: Callable, baseline: Callable, seconds: float, clock: Callable
+) -> list[dict[str, Any]]:
     """Rows of the table for one shape: forward, and forward + backward."""
     with torch.no_grad():
         dy = torch.randn_like(ours(**problem))
@@ -149,7 +154,7 @@ def measure(op: str, shape: tuple, problem: dict[str, Any], ours: Callable, base
     for index, (what, job) in enumerate(
         (("forward", forward), ("forward + backward", lambda run: gradients(run, problem, dy)))
     ):
-        mine, theirs = interleaved(lambda job=job: job(ours), lambda job=job: job(baseline), seconds)
+        mine, theirs = interleaved(lambda job=job: job(ours), lambda job=job: job(baseline), seconds, clock)
         rows.append(
             {
                 "op": op, "shape": str(shape), "what": what,
@@ -186,7 +191,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", nargs="+", type=int, help="rows of the table to measure, from 0; all by default")
     parser.add_argument("--seconds", type=float, default=4.0, help="per measurement")
     parser.add_argument("--out", type=Path, help="CSV file; benchmarks/results/cpu_<date>.csv by default")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count processor time, not wall time: for a busy machine, with 1 thread"
+    )
     options = parser.parse_args(arguments)
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time adds up the time of all threads, idle ones included; give --threads 1")
+    clock = time.process_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows = []
@@ -194,10 +205,10 @@ def main(arguments: list[str] | None = None) -> None:
     jobs += [("causal_conv1d", shape, conv_problem, conv, torch_conv) for shape in CONVS]
     for i, (op, shape, problem, ours, baseline) in enumerate(jobs):
         if options.shape is None or i in options.shape:
-            rows += measure(op, shape, problem(*shape), ours, baseline, options.seconds)
+            rows += measure(op, shape, problem(*shape), ours, baseline, options.seconds, clock)
     where = (
-        f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}, numba {numba.__version__}, "
-        f"python {platform.python_version()}"
+        f"{cpu_name()}, {options.threads} threads{', CPU time' * options.cpu_time}, torch {torch.__version__}, "
+        f"numba {numba.__version__}, python {platform.python_version()}"
     )
     report(rows, Console(width=130), where)
     out = options.out or Path(__file__).parent / "results" / f"cpu_{datetime.date.today():%Y-%m-%d}.csv"

@@ -1,5 +1,6 @@
 """The ops that everything stands on: order-indexed scans and convolutions, each with several implementations."""
 
+from . import flops  # registers the formulas
 from ._backend import BACKENDS, refusals, use
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .selective_scan import selective_scan, selective_scan_step
@@ -8,6 +9,7 @@ __all__ = [
     "BACKENDS",
     "causal_conv1d",
     "causal_conv1d_step",
+    "flops",
     "refusals",
     "selective_scan",
     "selective_scan_step",
