@@ -27,7 +27,7 @@ def _unavailable() -> str | None:
     try:
         if importlib.util.find_spec("cuda.bindings") is None:
             return "cuda-bindings is not installed (pip install cuda-bindings)"
-        from cuda.bindings import nvrtc
+        from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue] (a built extension)
 
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError, OSError) as error:

@@ -24,6 +24,7 @@ class Launch:
     tile: int  # T
     threads: int
     blocks: int
+    hold: bool = True  # backward: keep decays in registers
 
     @property
     def channels(self) -> int:
@@ -42,7 +43,6 @@ class Variant:
     softplus: bool
     gated: bool
     empty: bool
-    wide: bool
     exact: bool
     keep: bool = False
     sums: int = 0
@@ -79,7 +79,7 @@ def forward_launch(n: int, d: int, programs: int, width: int) -> Launch:
     """The forward kernel's launch for `programs` = rows x directions x chunks x channels, `width` channels aligned."""
     N = padded(n)
     if N <= 2:
-        return _fit(Launch(N, 1, width, 8, 64, 12), d)
+        return _fit(Launch(N, 1, width, 8, 64, 6), d)
     lanes = max(1, N // 16)
     while lanes < min(8, max(4, N // 16)) and programs * lanes < _FULL and lanes < N:
         lanes *= 2
@@ -97,7 +97,7 @@ def backward_launch(n: int, d: int, programs: int, width: int) -> Launch:
     """The backward kernel's launch. The states of a tile fill the registers, so T falls as S rises."""
     N = padded(n)
     if N <= 2:
-        return _fit(Launch(N, 1, width, 8, 96, 4), d)
+        return _fit(Launch(N, 1, width, 8, 64, 4), d)
     if N <= 4:
         return _fit(Launch(N, 1, 1, 8, 128, 3), d)
     if N <= 16:
@@ -137,8 +137,9 @@ def source(kernel: str, launch: Launch, variant: Variant) -> str:
     settings = {
         "N": launch.states, "LANES": launch.lanes, "V": launch.width, "T": launch.tile, "THREADS": launch.threads,
         "BLOCKS": launch.blocks, "MAP_V": variant.map_width, "SPACING": variant.spacing, "WINDOW": WINDOW,
-        "SOFTPLUS": variant.softplus, "GATED": variant.gated, "EMPTY": variant.empty, "WIDE": variant.wide,
-        "EXACT": variant.exact, "KEEP": variant.keep, "SUMS": variant.sums, "PART": variant.part,
+        "SOFTPLUS": variant.softplus, "GATED": variant.gated, "EMPTY": variant.empty, "EXACT": variant.exact,
+        "KEEP": variant.keep, "SUMS": variant.sums, "PART": variant.part,
+        "HOLD": launch.hold,
     }  # fmt: skip
     lines = [f"typedef {FORMATS[variant.tokens]} In;", f"typedef {FORMATS[variant.out]} Out;"]
     lines += [

@@ -2,6 +2,7 @@
 // and then walked in reverse. States at tile beginnings come from the forward pass, which kept one every SPACING steps;
 // the ones between are found by a sweep without outputs and wait in shared memory.
 //
+// HOLD: keep the decays of a tile in registers too; otherwise they are computed again.
 // WINDOW: steps whose tokens are in shared memory at a time, a multiple of SPACING.
 // SUMS 0: add dB and dC of all blocks of channels atomically, in float32. 1: one float32 buffer per block of channels.
 //      2: the only block of channels stores the result itself.
@@ -23,23 +24,37 @@ struct Tile {
 // selector matrices of zeros and ones: four products sum each value over the four lanes of a quad, which a butterfly
 // would do with four times as many instructions. Lane 4 g + p then holds, for quad g of lanes, values 4 p + {0, 2, 1, 3};
 // two exchanges add up the quads.
-struct ChannelSums {
-  float acc[4];
-  float select[4][2];
-
-  __device__ __forceinline__ void prepare() {
-    int row = threadIdx.x % 32 / 4;
+// Values come in falling order of steps; within a step, by state.
+DEVICE void selectors(float (&select)[4][2]) {
+  const int row = threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      select[i][0] = row == 2 * i ? 1.0f : 0.0f;
-      select[i][1] = row == 2 * i + 1 ? 1.0f : 0.0f;
+  for (int i = 0; i < 4; i++) {
+    select[i][0] = row == 2 * i ? 1.0f : 0.0f;
+    select[i][1] = row == 2 * i + 1 ? 1.0f : 0.0f;
+  }
+}
+
+struct ChannelSums {
+  float acc[4], x[16];
+
+  __device__ __forceinline__ void push(float* sums, const float (&select)[4][2], int t, int which, int s, float value) {
+    const int place = (t * 2 + which) * S + s, at = place % 16;
+    x[at] = value;
+    // Where fewer than 16 states share a group with later ones, the last of a group in memory comes first.
+    const bool opens = S >= 16 ? s % 16 == 0 : which == 0 && s == 0 && (t + 1) * 2 * S % 16 == 0;
+    const bool quad = S >= 4 ? s % 4 == 3 : which == 1 && s == S - 1 && t * 2 * S % 4 == 0;
+    const bool closes = S >= 16 ? s % 16 == 15 : which == 1 && s == S - 1 && t * 2 * S % 16 == 0;
+    if (opens) acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
+    if (quad) {
+      const int first = at / 4 * 4;
+      float four[4] = {x[first], x[first + 1], x[first + 2], x[first + 3]};
+      add(select, first / 4, four);
     }
+    if (closes) finish(sums, place / 16);
   }
 
-  __device__ __forceinline__ void clear() { acc[0] = acc[1] = acc[2] = acc[3] = 0.0f; }
-
   // Values 4 i .. 4 i + 3 of the sixteen.
-  __device__ __forceinline__ void add(int i, const float (&x)[4]) {
+  __device__ __forceinline__ void add(const float (&select)[4][2], int i, const float (&x)[4]) {
 #if __CUDA_ARCH__ >= 800
     float high[4], low[4];
 #pragma unroll
@@ -104,20 +119,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
   Place at = Place::of(p);
   at.take_chunk(p);
   const int q = at.q, own = at.own, begin = at.begin, end = at.end;
-  if (at.chunk > 0 && begin >= end) return;
-  const u32 within = at.readable(p) * (u32)sizeof(typename In::Bits);
-  const u32 dy_within = at.readable(p) * (u32)sizeof(typename Out::Bits);
-  const Rows u = Rows::of(p.u, p.su, at), dt = Rows::of(p.dt, p.sdt, at), z = Rows::of(p.z, p.sz, at);
-  const Rows B = Rows::of(p.B, p.sB, at), C = Rows::of(p.C, p.sC, at), dy = Rows::of(p.dy, p.sdy, at);
-  char* du = output(p, p.du, at, p.d, sizeof(typename In::Bits));
-  char* ddt = output(p, p.ddt, at, p.d, sizeof(typename In::Bits));
-  char* dz = output(p, p.dz, at, p.d, sizeof(typename In::Bits));
-  const Offset out_stride = (Offset)p.k * p.d * sizeof(typename In::Bits);
-  const u32 out_within = at.channel * (u32)sizeof(typename In::Bits);
-  constexpr int MAP_BYTES = SUMS == 2 ? sizeof(typename In::Bits) : 4;
-  char* dB = output(p, p.dB, at, p.n, MAP_BYTES) + (SUMS == 1 ? at.block * p.map_block * 4 : 0);
-  char* dC = output(p, p.dC, at, p.n, MAP_BYTES) + (SUMS == 1 ? at.block * p.map_block * 4 : 0);
-  const Offset map_stride = (Offset)p.k * p.n * MAP_BYTES;
+  const u32 within = at.readable(p) * In::BYTES;
+  const Rows u = Rows::of(p.u, p.su, at, within), dt = Rows::of(p.dt, p.sdt, at, within);
+  const Rows z = Rows::of(p.z, p.sz, at, within), dy = Rows::of(p.dy, p.sdy, at, at.readable(p) * Out::BYTES);
+  const Rows B = Rows::of(p.B, p.sB, at, 0), C = Rows::of(p.C, p.sC, at, 0);
+  const char* out_base = output(p, nullptr, at, p.d, In::BYTES, at.channel);  // du, ddt and dz lie alike: one offset
+  const u32 out_stride = p.k * p.d * In::BYTES;
+  typedef Either<SUMS == 2, In, Float>::Type Map;
+  const char* map_base = output(p, nullptr, at, p.n, Map::BYTES, 0);
+  if (SUMS == 1) map_base += at.block * p.map_block * Map::BYTES;
+  const u32 map_stride = p.k * p.n * Map::BYTES;
   const int* order = order_of(p, at);
 
   float A[V][S], g[V][S], dA[V][S], bias[V], skip[V], dskip[V], dbias[V];
@@ -140,8 +151,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #pragma unroll
     for (int s = 0; s < S; s++) dA[v][s] = 0.0f;
   }
-  ChannelSums channels;
-  channels.prepare();
+  ChannelSums channels[S < 16 ? 1 : 2];
+  float select[4][2];
+  selectors(select);
 
   Tile now, next;
   Maps travelling;
@@ -152,32 +164,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       tile.u[i] = tile.dt[i] = tile.z[i] = Pack<In, V>::zero();
       tile.dy[i] = Pack<Out, V>::zero();
       if (!EMPTY || token >= 0) {
-        tile.dt[i] = dt.get<In, V>(token, within);
-        tile.u[i] = u.get<In, V>(token, within);
+        tile.dt[i] = load<In, V>(dt.at(token));
+        tile.u[i] = load<In, V>(u.at(token));
         if (whole) {
-          tile.dy[i] = dy.get<Out, V>(token, dy_within);
-          if (GATED) tile.z[i] = z.get<In, V>(token, within);
+          tile.dy[i] = load<Out, V>(dy.at(token));
+          if (GATED) tile.z[i] = load<In, V>(z.at(token));
         }
       }
     }
     travelling.fetch(B, C, tokens, p.n);
   };
-  // dB and dC of a finished tile: over the warps, then to memory.
+  // dB and dC of a finished tile: over the warps, then to memory, W states at a time.
+  constexpr int W = MAP_V == 4 ? 4 : 1;
   auto release = [&](const float* of_tile, const int* tokens, int step) {
 #pragma unroll
-    for (int i = 0; i < (SUMMED + THREADS - 1) / THREADS; i++) {
-      int e = i * THREADS + threadIdx.x;
-      int t = e / (2 * N), state = e % N;
-      if (SUMMED % THREADS && e >= SUMMED) break;
-      float x = 0.0f;
+    for (int i = 0; i < (SUMMED / W + THREADS - 1) / THREADS; i++) {
+      const int e = (i * THREADS + threadIdx.x) * W, t = e / (2 * N), state = e % N;
+      if (SUMMED / W % THREADS && e >= SUMMED) break;
+      float x[W];
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) x += of_tile[w * SUMMED + e];
+      for (int w = 0; w < WARPS; w++) {
+        float y[W];
+        read_shared(y, of_tile + w * SUMMED + e);
+#pragma unroll
+        for (int v = 0; v < W; v++) x[v] = w == 0 ? y[v] : x[v] + y[v];
+      }
       int token = tokens[t];
-      if (step + t >= end || (EMPTY && token < 0) || (!EXACT && state >= p.n)) continue;
-      char* to = (e / N % 2 ? dB : dC) + (token * map_stride + state * (u32)MAP_BYTES);
-      if (SUMS == 0) atomicAdd((float*)to, x);
-      if (SUMS == 1) *(float*)to = x;
-      if (SUMS == 2) *(typename In::Bits*)to = In::down(x);
+      char* to = (e / N % 2 ? p.dB : p.dC) + (u64)row_of(map_base, token, map_stride) + state * Map::BYTES;
+      bool written = step + t < end && (!EMPTY || token >= 0) && (EXACT || state < p.n);
+      if constexpr (SUMS == 0) {
+        add_words(to, x, written);
+      } else {
+        store<Map, W>(to, x, written);
+      }
     }
   };
 
@@ -230,14 +249,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
           float delta[V], drive[V];
 #pragma unroll
           for (int v = 0; v < V; v++) {
-            float x = In::up(now.dt[i].x[v]) + bias[v], e;
+            float x = now.dt[i].at(v) + bias[v], e;
             delta[v] = SOFTPLUS ? softplus(x, e) : x;
-            drive[v] = delta[v] * In::up(now.u[i].x[v]);
+            drive[v] = delta[v] * now.u[i].at(v);
           }
 #pragma unroll
           for (int j = 0; j < GROUP; j++) {
             float b[S];
-            read_map(b, map + (i * GROUP + j) * N);
+            read_shared(b, map + (i * GROUP + j) * N);
 #pragma unroll
             for (int v = 0; v < V; v++) {
               float dl = shared_by(delta[v], j), dr = shared_by(drive[v], j);
@@ -260,23 +279,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #pragma unroll
             for (int s = 0; s < S; s++) h[0][v][s] = tile_states[((tile * V + v) * S + s) * THREADS + threadIdx.x];
         }
-        // The next tile, or the first of the next segment. The state there waits in registers while that is cheap.
         constexpr bool EARLY = V * S <= 4;
         const bool more = tile > 0 || segment > 0;
-        if (tile > 0) {
-          fetch(next, tokens - T, true);
-        } else if (segment > 0) {
-          fetch(next, visit + segment - SPACING, TILES == 1);
-          if (EARLY) kept_state(start, first + segment - SPACING);
-        }
-
         float delta[OWN][V], input[OWN][V], slope[OWN][V], dout[OWN][V], dgate[OWN][V];
 #pragma unroll
         for (int i = 0; i < OWN; i++)
 #pragma unroll
           for (int v = 0; v < V; v++) {
             bool live = at.active && step + i * GROUP + own < end;
-            float x = In::up(now.dt[i].x[v]) + bias[v], e;
+            float x = now.dt[i].at(v) + bias[v], e;
             delta[i][v] = x;
             slope[i][v] = 1.0f;
             if (SOFTPLUS) {
@@ -285,76 +296,77 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
               slope[i][v] = x >= 0.0f ? r : e * r;
             }
             if (!live) delta[i][v] = 0.0f;
-            input[i][v] = In::up(now.u[i].x[v]);
-            float d = live ? Out::up(now.dy[i].x[v]) * p.scale : 0.0f;
+            input[i][v] = now.u[i].at(v);
+            float d = live ? now.dy[i].at(v) * p.scale : 0.0f;
             dout[i][v] = d;
             if (GATED) {
-              float gate = In::up(now.z[i].x[v]), half_way = sigmoid(gate);
+              float gate = now.z[i].at(v), half_way = sigmoid(gate);
               dout[i][v] = d * gate * half_way;
               dgate[i][v] = d * half_way * fmaf(gate, 1.0f - half_way, 1.0f);
             }
           }
 
-        float a[T][V][S];
+        float a[HOLD ? T : 1][V][S];
         const float* map = maps[buffer] + q * S;
 #pragma unroll
         for (int t = 0; t < T; t++) {
           float b[S];
-          read_map(b, map + t * N);
+          read_shared(b, map + t * N);
 #pragma unroll
           for (int v = 0; v < V; v++) {
             float dl = shared_by(delta[t / GROUP][v], t % GROUP);
             float dr = shared_by(delta[t / GROUP][v] * input[t / GROUP][v], t % GROUP);
 #pragma unroll
             for (int s = 0; s < S; s++) {
-              a[t][v][s] = exp2_fast(dl * A[v][s]);
-              h[t + 1][v][s] = fmaf(a[t][v][s], h[t][v][s], dr * b[s]);
+              float decay = exp2_fast(dl * A[v][s]);
+              if (HOLD) a[t][v][s] = decay;
+              h[t + 1][v][s] = fmaf(decay, h[t][v][s], dr * b[s]);
             }
           }
         }
 
         float* sum = sums[buffer][threadIdx.x / 32];
-        float values[16];
 #pragma unroll
         for (int i = OWN - 1; i >= 0; i--) {
+          // Read the next tile, or the first of the next segment, when the first steps have given back their registers.
+          // The state there waits in registers too while that is cheap.
+          if (i == (OWN > 1 ? OWN - 2 : 0)) {
+            if (more) fetch(next, tile > 0 ? tokens - T : visit + segment - SPACING, TILES == 1 || tile > 0);
+            if (EARLY && tile == 0 && segment > 0) kept_state(start, first + segment - SPACING);
+          }
           float by_output[V][GROUP], by_decay[V][GROUP], by_input[V][GROUP];
 #pragma unroll
           for (int j = GROUP - 1; j >= 0; j--) {
             const int t = i * GROUP + j;
             float b[S], c[S];
-            read_map(b, map + t * N);
-            read_map(c, map + T * N + t * N);
-            float dmap[2][S];
+            read_shared(b, map + t * N);
+            read_shared(c, map + T * N + t * N);
+            float dl[V], dr[V], d[V];
 #pragma unroll
             for (int v = 0; v < V; v++) {
-              float dl = shared_by(delta[i][v], j), dr = shared_by(delta[i][v] * input[i][v], j);
-              float d = shared_by(dout[i][v], j);
+              dl[v] = shared_by(delta[i][v], j);
+              dr[v] = shared_by(delta[i][v] * input[i][v], j);
+              d[v] = shared_by(dout[i][v], j);
               by_output[v][j] = by_decay[v][j] = by_input[v][j] = 0.0f;
-#pragma unroll
-              for (int s = 0; s < S; s++) {
-                float& G = g[v][s];
-                G = fmaf(d, c[s], G);
-                if (GATED) by_output[v][j] = fmaf(h[t + 1][v][s], c[s], by_output[v][j]);
-                dmap[0][s] = v == 0 ? d * h[t + 1][v][s] : fmaf(d, h[t + 1][v][s], dmap[0][s]);
-                dmap[1][s] = v == 0 ? dr * G : fmaf(dr, G, dmap[1][s]);
-                by_input[v][j] = fmaf(G, b[s], by_input[v][j]);
-                G *= a[t][v][s];
-                float through = G * h[t][v][s];
-                dA[v][s] = fmaf(through, dl, dA[v][s]);
-                by_decay[v][j] = fmaf(through, A[v][s], by_decay[v][j]);
-              }
             }
 #pragma unroll
-            for (int r = 2 * S - 1; r >= 0; r--) {
-              const int place = t * 2 * S + r, within_group = place % 16;
-              values[within_group] = dmap[r / S][r % S];
-              if (within_group == 15) channels.clear();
-              if (within_group % 4 == 0) {
-                float four[4] = {values[within_group], values[within_group + 1], values[within_group + 2],
-                                 values[within_group + 3]};
-                channels.add(within_group / 4, four);
+            for (int s = 0; s < S; s++) {
+              float dmap[2];
+#pragma unroll
+              for (int v = 0; v < V; v++) {
+                float& G = g[v][s];
+                G = fmaf(d[v], c[s], G);
+                if (GATED) by_output[v][j] = fmaf(h[t + 1][v][s], c[s], by_output[v][j]);
+                dmap[0] = v == 0 ? d[v] * h[t + 1][v][s] : fmaf(d[v], h[t + 1][v][s], dmap[0]);
+                dmap[1] = v == 0 ? dr[v] * G : fmaf(dr[v], G, dmap[1]);
+                by_input[v][j] = fmaf(G, b[s], by_input[v][j]);
+                G *= HOLD ? a[HOLD ? t : 0][v][s] : exp2_fast(dl[v] * A[v][s]);
+                float through = G * h[t][v][s];
+                dA[v][s] = fmaf(through, dl[v], dA[v][s]);
+                by_decay[v][j] = fmaf(through, A[v][s], by_decay[v][j]);
               }
-              if (within_group == 0) channels.finish(sum, place / 16);
+#pragma unroll
+              for (int which = 0; which < 2; which++) channels[S < 16 ? 0 : which].push(sum, select, t, which, s, dmap[which]);
             }
           }
 
@@ -370,12 +382,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
             if (GATED) new_dz[v] = dgate[i][v] * fmaf(skip[v], input[i][v], owned_total(by_output[v]));
           }
           int token = tokens[i * GROUP + own];
-          if (at.owner && step + i * GROUP + own < end && (!EMPTY || token >= 0)) {
-            Offset row = token * out_stride + out_within;
-            store<In, V>(du + row, new_du);
-            store<In, V>(ddt + row, new_ddt);
-            if (GATED) store<In, V>(dz + row, new_dz);
-          }
+          bool written = at.owner && step + i * GROUP + own < end && (!EMPTY || token >= 0);
+          const u64 row = (u64)row_of(out_base, token, out_stride);
+          store<In, V>(p.du + row, new_du, written);
+          store<In, V>(p.ddt + row, new_ddt, written);
+          if (GATED) store<In, V>(p.dz + row, new_dz, written);
         }
 
         if (!EARLY && tile == 0 && segment > 0) kept_state(start, first + segment - SPACING);

@@ -11,7 +11,6 @@
 //   SPACING   steps between the states that the forward pass keeps for the backward pass
 //   SOFTPLUS, GATED   dt passes softplus; there is a gate z
 //   EMPTY     `order` may hold -1
-//   WIDE      a sample spans more than 4 GiB, so offsets within it need 64 bits
 //
 // Lanes: the LANES threads of a channel lie 32 / LANES apart, so neighbouring threads read neighbouring channels. What
 // costs the same for all states (loads, softplus, gate, stores) is divided among them: lane `q` *owns* the steps
@@ -21,9 +20,6 @@
 constexpr int S = N / LANES, SPREAD = 32 / LANES, WARPS = THREADS / 32;
 constexpr int GROUP = LANES < T ? LANES : T, OWN = T / GROUP;
 constexpr int CHANNELS = THREADS / LANES * V;  // per block
-// Within a sample. One 32-bit multiply-add per row: 64-bit addresses cost up to a quarter of the forward time.
-typedef Either<WIDE, u64, u32>::Type Offset;
-
 struct Strides {  // bytes
   long long sample, token, direction;
 };
@@ -100,23 +96,30 @@ struct Place {
   }
 };
 
-// Token rows of one tensor, for one sample and direction.
+// An address is one instruction: a 32 x 32 bit product added to a 64-bit base, so no size of tensor needs another path.
+// Spelled out, as the compiler prefers to add twice.
+DEVICE const char* row_of(const char* base, int token, u32 stride) {
+  u64 at;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(token), "r"(stride), "l"(base));
+  return (const char*)at;
+}
+
+// Token rows of one tensor, for one sample and direction, from byte `within` of each.
 struct Rows {
   const char* base;
-  Offset stride;
+  u32 stride;
 
-  DEVICE Rows of(const char* tensor, const Strides& s, const Place& at) {
-    return {tensor + at.sample * s.sample + at.direction * s.direction, (Offset)s.token};
+  DEVICE Rows of(const char* tensor, const Strides& s, const Place& at, u32 within) {
+    return {tensor + at.sample * s.sample + at.direction * s.direction + within, (u32)s.token};
   }
-  template <typename E, int W> __device__ __forceinline__ Pack<E, W> get(int token, u32 within) const {
-    return load<E, W>(base + (token * stride + within));
-  }
+  __device__ __forceinline__ const char* at(int token) const { return row_of(base, token, stride); }
 };
 
 // `(b, l, k, width)` outputs, contiguous.
-DEVICE char* output(const Args& p, char* tensor, const Place& at, int width, int bytes) {
-  return tensor + ((long long)at.sample * p.l * p.k + at.direction) * width * bytes;
+DEVICE char* output(const Args& p, char* tensor, const Place& at, int width, int bytes, int within) {
+  return tensor + (((long long)at.sample * p.l * p.k + at.direction) * width + within) * bytes;
 }
+DEVICE char* output_row(char* tensor, int token, u32 stride) { return (char*)row_of(tensor, token, stride); }
 
 // Tokens visited by `count` steps from `step`, into shared memory. Steps past the end repeat the last token: their
 // step size is set to zero, so what is read there has no effect.
@@ -142,9 +145,8 @@ struct Maps {
       if (2 * EACH % THREADS == 0 || slot < 2 * EACH) {
         int e = slot % EACH * MAP_V, token = tokens[e / N];
         bool real = (EXACT || e % N < n) && (!EMPTY || token >= 0);
-        const char* base = slot < EACH ? B.base : C.base;
-        Offset stride = slot < EACH ? B.stride : C.stride;
-        if (real) raw[c] = load<In, MAP_V>(base + (token * stride + e % N * (u32)sizeof(typename In::Bits)));
+        const Rows& rows = slot < EACH ? B : C;
+        if (real) raw[c] = load<In, MAP_V>(rows.at(token) + e % N * In::BYTES);
       }
     }
   }
@@ -156,7 +158,7 @@ struct Maps {
       if (2 * EACH % THREADS == 0 || slot < 2 * EACH) {
         float x[MAP_V];
 #pragma unroll
-        for (int v = 0; v < MAP_V; v++) x[v] = In::up(raw[c].x[v]);
+        for (int v = 0; v < MAP_V; v++) x[v] = raw[c].at(v);
         float* to = maps + slot * MAP_V;
         if constexpr (MAP_V % 4 == 0) {
 #pragma unroll
@@ -170,17 +172,17 @@ struct Maps {
   }
 };
 
-// This thread's S states of one map at one step.
-DEVICE void read_map(float (&x)[S], const float* map) {
-  if constexpr (S % 4 == 0) {
+// COUNT floats in a row, such as this thread's states of one map at one step.
+template <int COUNT> DEVICE void read_shared(float (&x)[COUNT], const float* from) {
+  if constexpr (COUNT % 4 == 0) {
 #pragma unroll
-    for (int s = 0; s < S; s += 4) {
-      float4 w = *(const float4*)(map + s);
-      x[s] = w.x, x[s + 1] = w.y, x[s + 2] = w.z, x[s + 3] = w.w;
+    for (int i = 0; i < COUNT; i += 4) {
+      float4 w = *(const float4*)(from + i);
+      x[i] = w.x, x[i + 1] = w.y, x[i + 2] = w.z, x[i + 3] = w.w;
     }
   } else {
 #pragma unroll
-    for (int s = 0; s < S; s++) x[s] = map[s];
+    for (int i = 0; i < COUNT; i++) x[i] = from[i];
   }
 }
 
@@ -257,9 +259,9 @@ DEVICE void read_kept(float (&h)[V][S], const float* slot, const Args& p, const 
     int state = at.q * S + s;
     bool real = EXACT || state < p.n;
     Pack<Float, V> x = Pack<Float, V>::zero();
-    if (real) x = *(const Pack<Float, V>*)(slot + (long long)state * p.d + at.readable(p));
+    if (real) x = load<Float, V>((const char*)(slot + (long long)state * p.d + at.readable(p)));
 #pragma unroll
-    for (int v = 0; v < V; v++) h[v][s] = x.x[v];
+    for (int v = 0; v < V; v++) h[v][s] = x.at(v);
   }
 }
 
@@ -270,6 +272,6 @@ DEVICE void write_kept(const float (&h)[V][S], float* slot, const Args& p, const
     float x[V];
 #pragma unroll
     for (int v = 0; v < V; v++) x[v] = h[v][s];
-    if (at.active && (EXACT || state < p.n)) store<Float, V>((char*)(slot + (long long)state * p.d + at.channel), x);
+    store<Float, V>((char*)(slot + (long long)state * p.d + at.channel), x, at.active && (EXACT || state < p.n));
   }
 }

@@ -68,12 +68,12 @@ template <typename From, typename To, int W> DEVICE void run(const Job& job, flo
 #pragma unroll
   for (int w = 0; w < W; w++) x[w] = 0.0f;
   if (i < job.total) {
-    const char* from = job.from + (i / job.inner * job.count * job.inner + i % job.inner) * sizeof(typename From::Bits);
+    const char* from = job.from + (i / job.inner * job.count * job.inner + i % job.inner) * From::BYTES;
 #pragma unroll 4
     for (int r = part; r < job.count; r += job.split) {
-      Pack<From, W> y = load<From, W>(from + r * job.inner * sizeof(typename From::Bits));
+      Pack<From, W> y = load<From, W>(from + r * job.inner * From::BYTES);
 #pragma unroll
-      for (int w = 0; w < W; w++) x[w] += From::up(y.x[w]);
+      for (int w = 0; w < W; w++) x[w] += y.at(w);
     }
   }
   if (W == 1 && job.split > 1) {
@@ -85,7 +85,7 @@ template <typename From, typename To, int W> DEVICE void run(const Job& job, flo
   if (i >= job.total || part > 0) return;
 #pragma unroll
   for (int w = 0; w < W; w++) x[w] *= job.scale;
-  store<To, W>(job.to + i * sizeof(typename To::Bits), x);
+  store<To, W>(job.to + i * To::BYTES, x);
 }
 
 extern "C" __global__ void __launch_bounds__(256) scan_finish(const __grid_constant__ Jobs jobs) {

@@ -16,17 +16,16 @@ struct Tile {  // this thread's own steps of one tile
   Pack<Source, V> u[OWN];
   Pack<In, V> dt[OWN], z[OWN];
 
-  __device__ __forceinline__ void fetch(const Rows& ur, const Rows& dtr, const Rows& zr, const int* tokens, int own, int channel) {
-    const u32 within = channel * (u32)sizeof(typename In::Bits);
+  __device__ __forceinline__ void fetch(const Rows& ur, const Rows& dtr, const Rows& zr, const int* tokens, int own) {
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
       int token = tokens[i * GROUP + own];
       u[i] = Pack<Source, V>::zero();
       dt[i] = z[i] = Pack<In, V>::zero();
       if (!EMPTY || token >= 0) {
-        dt[i] = dtr.get<In, V>(token, within);
-        u[i] = ur.get<Source, V>(token, channel * (u32)sizeof(typename Source::Bits));
-        if (GATED && PART != 1) z[i] = zr.get<In, V>(token, within);
+        dt[i] = load<In, V>(dtr.at(token));
+        u[i] = load<Source, V>(ur.at(token));
+        if (GATED && PART != 1) z[i] = load<In, V>(zr.at(token));
       }
     }
   }
@@ -42,13 +41,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   const int q = at.q, own = at.own, begin = at.begin, end = at.end;
   if (at.chunk > 0 && begin >= end) return;
   const bool last_chunk = end == at.last;
-  const int channel = at.readable(p);
-  const Rows u = BACK ? Rows::of(p.dy, p.sdy, at) : Rows::of(p.u, p.su, at);
-  const Rows dt = Rows::of(p.dt, p.sdt, at), z = Rows::of(p.z, p.sz, at);
-  const Rows C = Rows::of(p.C, p.sC, at), B = BACK ? C : Rows::of(p.B, p.sB, at);
-  char* y = output(p, p.y, at, p.d, sizeof(typename Out::Bits));
-  const Offset y_stride = (Offset)p.k * p.d * sizeof(typename Out::Bits);
-  const u32 y_within = at.channel * (u32)sizeof(typename Out::Bits);
+  const u32 within = at.readable(p) * In::BYTES;
+  const Rows u = BACK ? Rows::of(p.dy, p.sdy, at, at.readable(p) * Source::BYTES) : Rows::of(p.u, p.su, at, within);
+  const Rows dt = Rows::of(p.dt, p.sdt, at, within), z = Rows::of(p.z, p.sz, at, within);
+  const Rows C = Rows::of(p.C, p.sC, at, 0), B = BACK ? C : Rows::of(p.B, p.sB, at, 0);
+  char* y = output(p, p.y, at, p.d, Out::BYTES, at.channel);
+  const u32 y_stride = p.k * p.d * Out::BYTES;
   const int* order = order_of(p, at);
 
   float A[V][S], h[V][S], bias[V], skip[V], total[V];
@@ -75,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   if (begin < end) {
     for (int i = threadIdx.x; i < 2 * SPAN; i += THREADS) ring[i] = visited(p, order, at, walked(i));
     __syncthreads();
-    now.fetch(u, dt, z, ring, own, channel);
+    now.fetch(u, dt, z, ring, own);
     travelling.fetch(B, C, ring, p.n);
     travelling.put(maps[0]);
     __syncthreads();
@@ -96,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
     Tile next;
     if (step + T < end) {
       const int* ahead = ring + (done + T) % (2 * SPAN);
-      next.fetch(u, dt, z, ahead, own, channel);
+      next.fetch(u, dt, z, ahead, own);
       travelling.fetch(B, C, ahead, p.n);
     }
     if (KEEP && OUTPUT) {
@@ -110,14 +108,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
     for (int i = 0; i < OWN; i++)
 #pragma unroll
       for (int v = 0; v < V; v++) {
-        float x = In::up(now.dt[i].x[v]) + bias[v], e;
+        float x = now.dt[i].at(v) + bias[v], e;
         if (SOFTPLUS) x = softplus(x, e);
         if (step + i * GROUP + own >= end) x = 0.0f;
         delta[i][v] = x;
-        drive[i][v] = (BACK ? p.scale : x) * Source::up(now.u[i].x[v]);
+        drive[i][v] = (BACK ? p.scale : x) * now.u[i].at(v);
         if (BACK) {
           if (step + i * GROUP + own >= end) drive[i][v] = 0.0f;
-          float gate = In::up(now.z[i].x[v]);
+          float gate = now.z[i].at(v);
           if (GATED) drive[i][v] *= gate * sigmoid(gate);
         }
         if (!OUTPUT) total[v] += x;
@@ -131,8 +129,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
       for (int j = 0; j < GROUP; j++) {
         const int t = i * GROUP + j;
         float b[S], c[S];
-        read_map(b, map + t * N);
-        if (OUTPUT) read_map(c, map + T * N + t * N);
+        read_shared(b, map + t * N);
+        if (OUTPUT) read_shared(c, map + T * N + t * N);
 #pragma unroll
         for (int v = 0; v < V; v++) {
           float dl = shared_by(delta[i][v], j), dr = shared_by(drive[i][v], j), sum = 0.0f;
@@ -149,15 +147,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
         float out[V];
 #pragma unroll
         for (int v = 0; v < V; v++) {
-          out[v] = fmaf(skip[v], Source::up(now.u[i].x[v]), owned_total(part[v]));
+          out[v] = fmaf(skip[v], now.u[i].at(v), owned_total(part[v]));
           if (GATED) {
-            float gate = In::up(now.z[i].x[v]);
+            float gate = now.z[i].at(v);
             out[v] *= gate * sigmoid(gate);
           }
         }
         int token = tokens[i * GROUP + own];
-        if (at.owner && step + i * GROUP + own < end && (!EMPTY || token >= 0))
-          store<Out, V>(y + (token * y_stride + y_within), out);
+        bool written = at.owner && step + i * GROUP + own < end && (!EMPTY || token >= 0);
+        store<Out, V>(output_row(y, token, y_stride), out, written);
       }
     }
 
@@ -180,8 +178,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
     for (int v = 0; v < V; v++)
 #pragma unroll
       for (int w = SPREAD; w < SPREAD * GROUP; w *= 2) total[v] += from_xor(total[v], w);
-    if (q == 0 && at.active)
-      store<Float, V>((char*)(p.carry_dt + (at.state_row(p, p.chunks) + at.chunk) * p.d + at.channel), total);
+    store<Float, V>((char*)(p.carry_dt + (at.state_row(p, p.chunks) + at.chunk) * p.d + at.channel), total,
+                    q == 0 && at.active);
   } else if (p.final && last_chunk) {
     write_state(h, p.final, p, at);
   }

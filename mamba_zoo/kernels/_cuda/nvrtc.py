@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda.bindings import driver, nvrtc
+from cuda.bindings import driver, nvrtc  # pyright: ignore[reportAttributeAccessIssue] (built extensions)
 
 _OPTIONS = ("--std=c++17", "--disable-warnings")
 _lock = threading.RLock()
@@ -28,6 +28,9 @@ class Kernel:
             torch.cuda.current_stream()  # torch creates the context that it and we share
             self._context = _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
             _checked(driver.cuCtxPushCurrent(self._context))
+            # A kernel first needed while a graph is captured may be loaded: that touches no captured stream.
+            mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+            mode = _checked(driver.cuThreadExchangeStreamCaptureMode(mode))
             try:
                 # The module must outlive the function.
                 self._module = _checked(driver.cuModuleLoadData(image))
@@ -35,7 +38,9 @@ class Kernel:
                 if shared:
                     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                     _checked(driver.cuFuncSetAttribute(self._function, attribute, shared))
+                _checked(driver.cuFuncLoad(self._function))  # now, not at the first launch
             finally:
+                _checked(driver.cuThreadExchangeStreamCaptureMode(mode))
                 _checked(driver.cuCtxPopCurrent())
 
     def launch(self, blocks: int, threads: int, argument: bytes) -> None:
@@ -140,7 +145,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, image: bytes) -> None:
-    """Store a cache entry so that other processes see all of it or nothing. A cache that cannot be written is skipped."""
+    """Store a cache entry: other processes see all of it or nothing. A cache that cannot be written is left alone."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

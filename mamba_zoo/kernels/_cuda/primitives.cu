@@ -9,80 +9,139 @@ template <typename A, typename B> struct Either<false, A, B> { typedef B Type; }
 
 #define DEVICE static __device__ __forceinline__
 
-// ---- Number formats: `Bits` is what memory holds, `up` and `down` convert to float and back. How a tf32 product must
-// take what will be rounded to this format: in two parts, rounded first, or (the default) truncated.
+// ---- Number formats. Memory is read in 32-bit words: `low` and `high` are the numbers in one, `word` packs them.
+// How a tf32 product must take what will be rounded to this format: in two parts, rounded first, or truncated.
 
 struct Float {
-  typedef float Bits;
+  static constexpr int BYTES = 4;
   static constexpr bool TWO_PARTS = true, ROUND = false;
-  DEVICE float up(Bits x) { return x; }
-  DEVICE Bits down(float x) { return x; }
+  DEVICE float low(u32 x) { return __uint_as_float(x); }
+  DEVICE float high(u32 x) { return 0.0f; }
+  DEVICE u32 word(float x, float) { return __float_as_uint(x); }
 };
 
 struct Half {
-  typedef u16 Bits;
+  static constexpr int BYTES = 2;
   static constexpr bool TWO_PARTS = false, ROUND = true;
-  DEVICE float up(Bits x) {
+  DEVICE float up(u16 x) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
     return y;
   }
-  DEVICE Bits down(float x) {
-    Bits y;
+  DEVICE u32 down(float x) {
+    u16 y;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
   }
+  DEVICE float low(u32 x) { return up(x & 0xffff); }
+  DEVICE float high(u32 x) { return up(x >> 16); }
+  DEVICE u32 word(float x, float y) { return down(x) | down(y) << 16; }
 };
 
 struct BFloat {
-  typedef u16 Bits;
+  static constexpr int BYTES = 2;
   static constexpr bool TWO_PARTS = false, ROUND = false;
-  DEVICE float up(Bits x) { return __uint_as_float((u32)x << 16); }
-  DEVICE Bits down(float x) {
+  DEVICE float low(u32 x) { return __uint_as_float(x << 16); }
+  DEVICE float high(u32 x) { return __uint_as_float(x & 0xffff0000); }
+  DEVICE u32 word(float x, float y) {
 #if __CUDA_ARCH__ >= 800
-    Bits y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(y), "f"(x));
+    return packed;
 #else
+    return down(x) | down(y) << 16;
+#endif
+  }
+  DEVICE u32 down(float x) {
     u32 b = __float_as_uint(x);
     if ((b & 0x7fffffff) > 0x7f800000) return 0x7fff;
     return (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-#endif
   }
 };
 
 // ---- Memory: V neighbouring elements as one access.
 
-template <int BYTES> struct Word;
-template <> struct Word<2> { typedef u16 Type; };
-template <> struct Word<4> { typedef u32 Type; };
-template <> struct Word<8> { typedef uint2 Type; };
-template <> struct Word<16> { typedef uint4 Type; };
+template <typename E, int V> struct Pack {
+  static constexpr int BYTES = E::BYTES * V, WORDS = (BYTES + 3) / 4;
+  u32 w[WORDS];
 
-template <typename E, int V> union Pack {
-  typedef typename Word<sizeof(typename E::Bits) * V>::Type Whole;
-  Whole whole;
-  typename E::Bits x[V];
   DEVICE Pack zero() {
     Pack p;
 #pragma unroll
-    for (int v = 0; v < V; v++) p.x[v] = 0;
+    for (int i = 0; i < WORDS; i++) p.w[i] = 0;
     return p;
   }
+
+  __device__ __forceinline__ float at(int v) const {
+    if (E::BYTES == 4) return E::low(w[v]);
+    return v % 2 ? E::high(w[v / 2]) : E::low(w[v / 2]);
+  }
 };
+
+DEVICE u32 load_short(const char* at) {  // into a whole register, so that nothing needs to clear its upper half
+  u32 x;
+  asm("ld.global.nc.u16 %0, [%1];" : "=r"(x) : "l"(at));
+  return x;
+}
 
 // Inputs are read through the non-coherent path: the compiler may then move loads across stores.
 template <typename E, int V> DEVICE Pack<E, V> load(const char* at) {
   Pack<E, V> p;
-  p.whole = __ldg((const typename Pack<E, V>::Whole*)at);
+  if constexpr (p.BYTES == 2) {
+    p.w[0] = load_short(at);
+  } else if constexpr (p.BYTES == 4) {
+    p.w[0] = __ldg((const u32*)at);
+  } else if constexpr (p.BYTES == 8) {
+    uint2 x = __ldg((const uint2*)at);
+    p.w[0] = x.x, p.w[1] = x.y;
+  } else {
+    uint4 x = __ldg((const uint4*)at);
+    p.w[0] = x.x, p.w[1] = x.y, p.w[2] = x.z, p.w[3] = x.w;
+  }
   return p;
 }
 
-template <typename E, int V> DEVICE void store(char* at, const float (&x)[V]) {
-  Pack<E, V> p;
+// Stores under a predicate: as a branch, each would cost three instructions more.
+DEVICE void store_short(char* at, u32 x, int when) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.u16 [%0], %1;}" ::"l"(at), "r"(x), "r"(when) : "memory");
+}
+DEVICE void store_word(char* at, u32 x, int when) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.u32 [%0], %1;}" ::"l"(at), "r"(x), "r"(when) : "memory");
+}
+DEVICE void store_words(char* at, u32 x, u32 y, int when) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2};}" ::"l"(at), "r"(x), "r"(y),
+               "r"(when)
+               : "memory");
+}
+
+// Without a result, and known to be global: a tenth of what `atomicAdd` on a pointer of unknown kind becomes.
+DEVICE void add_word(char* at, float x, int when) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p red.global.add.f32 [%0], %1;}" ::"l"(at), "f"(x), "r"(when) : "memory");
+}
+template <int W> DEVICE void add_words(char* at, const float (&x)[W], int when) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (W == 4) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p red.global.add.v4.f32 [%0], {%1, %2, %3, %4};}" ::"l"(at),
+                 "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(when)
+                 : "memory");
+    return;
+  }
+#endif
 #pragma unroll
-  for (int v = 0; v < V; v++) p.x[v] = E::down(x[v]);
-  *(typename Pack<E, V>::Whole*)at = p.whole;
+  for (int i = 0; i < W; i++) add_word(at + 4 * i, x[i], when);
+}
+
+template <typename E, int V> DEVICE void store(char* at, const float (&x)[V], bool when = true) {
+  if constexpr (E::BYTES * V == 2) {
+    store_short(at, E::word(x[0], 0.0f), when);
+  } else if constexpr (E::BYTES * V == 4) {
+    store_word(at, E::word(x[0], x[V - 1]), when);
+  } else if constexpr (E::BYTES == 4) {
+    store_words(at, E::word(x[0], 0.0f), E::word(x[1], 0.0f), when);
+    if constexpr (V == 4) store_words(at + 8, E::word(x[2], 0.0f), E::word(x[3], 0.0f), when);
+  } else {
+    store_words(at, E::word(x[0], x[1]), E::word(x[2], x[3]), when);
+  }
 }
 
 // ---- Special functions.

@@ -1,4 +1,4 @@
-"""The selective scan on NVIDIA GPUs: arguments packed for the kernels of this folder, which docs/kernels.md explains."""
+"""The selective scan on NVIDIA GPUs: arguments packed for the kernels of this folder (see docs/kernels.md)."""
 
 from __future__ import annotations
 
@@ -64,17 +64,13 @@ class _Call:
         self.device = s.u.get_device()
         self.spacing = _spacing(s)
         self.kept = _kept(s, self.spacing)
-        size = self.u.element_size()
         tokens = [x for x in (self.u, self.dt, self.z, self.dy) if x is not None]
         self.strides = [_strides(x) for x in (self.u, self.dt, self.B, self.C, self.z, self.dy)]
         self.width = 2 if self.d % 2 == 0 and all(_aligned(x, 2) for x in tokens) else 1
         map_width = next(w for w in (4, 2, 1) if self.n % w == 0 and _aligned(self.B, w) and _aligned(self.C, w))
-        reach = max(stride[1] for stride in self.strides) * self.l
-        widest = max(self.d * max(size, s.out_dtype.itemsize), 4 * self.n) * self.k * self.l
         self.variant = Variant(
             s.u.dtype, s.out_dtype, map_width, self.spacing, s.dt_softplus, s.z is not None,
-            empty=not s.complete and s.offsets is None, wide=max(reach, widest) >= 2**32 - 2**20,
-            exact=self.n == _plan.padded(self.n),
+            empty=not s.complete and s.offsets is None, exact=self.n == _plan.padded(self.n),
         )  # fmt: skip
         programs = self.rows * self.k * self.d
         self.chunk = _plan.chunk_length(programs, self.m, self.n, self.spacing) if self.rows <= 8 else 0
@@ -207,7 +203,7 @@ def _load(kernel: str, launch: Launch, variant: Variant, device: int, shared: in
 
 
 def _finish(device: int, dtype: torch.dtype, jobs: list[tuple[Tensor, Tensor, int, int, float]]) -> None:
-    """Sum `(parts, result, count, inner, scale)`: parts `(outer, count, inner)` over `count`, all jobs in one launch."""
+    """Sums of parts `(outer, count, inner)` over count, `(parts, result, count, inner, scale)` each, in one launch."""
     packed, first = [], 0
     for part, result, count, inner, scale in jobs:
         total = result.numel()
