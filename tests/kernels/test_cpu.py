@@ -4,10 +4,9 @@ import os
 import threading
 from typing import Any
 
-import numba
-import numba.core.caching
 import pytest
 import torch
+from numba.core import caching, config
 from numba.np.numpy_support import carray
 from torch.testing import assert_close
 
@@ -91,11 +90,12 @@ def test_channels_that_do_not_fill_a_vector(d):
     assert_agrees(make_problem(b=2, l=35, d=d, n=6, k=2, state=True), "cpu")
     guard = torch.full((2, 35, d + 32), 7.0)
     u = guard[..., 16 : 16 + d]
-    problem = make_problem(b=2, l=35, d=d, n=2, k=1, order=None) | {"u": u.clone()}
-    want = selective_scan(**problem, backend="reference")
+    problem = make_problem(b=2, l=35, d=d, n=2, k=1, order=None)
     u.copy_(problem["u"])
     guard[..., :16] = guard[..., 16 + d :] = float("nan")  # lanes beyond d must not leak in
-    assert relative_error(selective_scan(**problem | {"u": u}, backend="cpu"), want) < 1e-6
+    want = selective_scan(**problem, backend="reference")
+    problem["u"] = u
+    assert relative_error(selective_scan(**problem, backend="cpu"), want) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -103,7 +103,7 @@ def test_half_precision(dtype):
     assert_agrees(make_problem(d=20, n=16, dtype=dtype, reduce="sum", k=4, u_per_direction=True), "cpu")
 
 
-def one_step(dt: torch.Tensor, **options: Any) -> torch.Tensor:
+def one_step(dt: torch.Tensor, **options: Any) -> Any:
     """`softplus(dt)` and nothing else: y of a single step is delta u B C."""
     one = torch.ones(1, 1, dt.numel(), dtype=dt.dtype)
     maps = torch.ones(1, 1, 1, 1, dtype=dt.dtype)
@@ -193,7 +193,7 @@ def run_items() -> list[int]:
 
 
 def test_compiled_code_is_kept_and_used_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     results, stamps = [], []
     for _ in range(2):
         results.append(run_items())
@@ -205,5 +205,5 @@ def test_compiled_code_is_kept_and_used_again(tmp_path, monkeypatch):
 
 def test_works_where_nothing_can_be_kept(monkeypatch):
     """No directory is writable: numba finds no place for its cache and raises."""
-    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     assert run_items() == list(range(1, 10))

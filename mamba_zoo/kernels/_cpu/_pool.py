@@ -29,8 +29,9 @@ class Kernel:
     """
 
     def __init__(self, function: Callable[[Any, int], None], fields: Sequence[str]):
-        self.function = function
+        self.function, self.fields = function, tuple(fields)
         self.record = np.dtype([(name, np.int64) for name in ("counter", "items", *fields)])
+        self.compiled: Any = None
 
     @cached_property
     def entry(self) -> Callable[[int, int], None]:
@@ -44,16 +45,14 @@ class Kernel:
             compiled = cfunc(signature, cache=True, error_model="numpy")(self.function)
         except (RuntimeError, OSError):  # no directory for the cache can be written
             compiled = cfunc(signature, error_model="numpy")(self.function)
+        self.compiled = compiled  # owns the machine code
         return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(cast(int, compiled.address))
 
     def __call__(self, items: int, scratch_floats: int, **fields: int) -> None:
         """Run all items. `scratch_floats` float32 of scratch memory are given to each thread."""
         entry = self.entry
         counter = np.zeros(1, dtype=np.int64)
-        record = np.zeros(1, dtype=self.record)
-        for name, value in fields.items():
-            record[name] = value
-        record["counter"], record["items"] = counter.ctypes.data, items
+        record = np.array([counter.ctypes.data, items, *(fields[name] for name in self.fields)], dtype=np.int64)
         threads = max(1, min(torch.get_num_threads(), items))
         # 64-byte alignment for whole cache lines; stride keeps the threads' memory apart.
         stride = -(-scratch_floats // 16) * 64 + 128

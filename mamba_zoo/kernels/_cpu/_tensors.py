@@ -8,13 +8,14 @@ from torch import Tensor
 
 def token_rows(x: Tensor) -> Tensor:
     """`x` in float32, each token's channels next to each other; copied only if it is not so already."""
-    x = x.detach().float()
+    if x.dtype != torch.float32:
+        x = x.float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def plain(x: Tensor | None) -> Tensor | None:
     """`x` in float32, contiguous."""
-    return None if x is None else x.detach().float().contiguous()
+    return None if x is None else x.float().contiguous()
 
 
 def address(x: Tensor | None) -> int:
@@ -23,11 +24,11 @@ def address(x: Tensor | None) -> int:
 
 
 def rows(name: str, x: Tensor | None) -> dict[str, int]:
-    """Address and strides in bytes of `(b, l, c)` or `(b, l, k, c)`; directions that share rows have stride 0."""
+    """Address and strides in bytes of float32 `(b, l, c)` or `(b, l, k, c)`; directions that share rows have stride 0."""
     if x is None:
         return {name: 0, f"{name}_b": 0, f"{name}_l": 0, f"{name}_k": 0}
-    b, l, *k, _ = (x.element_size() * stride for stride in x.stride())
-    return {name: x.data_ptr(), f"{name}_b": b, f"{name}_l": l, f"{name}_k": k[0] if k else 0}
+    b, l, *k = x.stride()
+    return {name: x.data_ptr(), f"{name}_b": 4 * b, f"{name}_l": 4 * l, f"{name}_k": 4 * k[0] if len(k) == 2 else 0}
 
 
 def visits(order: Tensor) -> dict[str, int]:

@@ -23,7 +23,7 @@ def forward(s: ConvArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
     blocks = -(-s.d // W)
     forward_kernel(
         items=s.states * blocks * s.k, scratch_floats=scratch_floats(s.w),
-        rows=s.states, blocks=blocks, k=s.k, d=s.d, w=s.w, m=s.m, silu=s.silu,
+        rows=s.states, blocks=blocks, split=True, k=s.k, d=s.d, w=s.w, m=s.m, silu=s.silu,
         weight=address(weight), bias=address(bias), initial=address(initial), offsets=address(s.offsets),
         final=address(final), **visits(s.order), **rows("x", x), **rows("y", y),
     )  # fmt: skip
