@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers._fx import register_notrace_function, register_notrace_module
+from timm.layers._fx import register_notrace_module
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -205,7 +205,6 @@ def resample_grid(positions: Tensor, old: tuple[int, int], new: tuple[int, int])
     return resample(positions, list(new), list(old), num_prefix_tokens=0, antialias=False)
 
 
-# torch.fx takes these whole: they look at shapes and dtypes. Not as decorators, which would hide their types.
-register_notrace_module(PatchMerge)
-for _function in (check_image, resample_positions):
-    register_notrace_function(_function)
+# torch.fx takes these whole, because they look at shapes. Not as decorators, which would hide their types.
+for _leaf in (MapBatchNorm, PatchMerge):
+    register_notrace_module(_leaf)
