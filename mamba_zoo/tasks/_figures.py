@@ -193,6 +193,8 @@ def scan_statistics(c: Comparison, scan: str) -> dict[str, float] | None:
 def _built(c: Comparison, scan: str):
     if scan == "none":
         return None
+    if scan == "random" and (k := c.settings.get("random_directions")):
+        scan = f"random(seed={c.seeds[0]}, k={k})"
     try:
         return build_scan(scan, *c.settings.get("grid", (14, 14)))
     except ValueError:  # an object that only the training process knew, or a scan of another grid

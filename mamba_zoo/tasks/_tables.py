@@ -85,6 +85,7 @@ def write_csv(c: Comparison, out: Path) -> None:
 
 def _summary(c: Comparison, order: Order) -> dict[str, Any]:
     d, i = order.seeds, order.items
+    effect = d.effect(c.alpha) if d else (math.nan, math.nan, math.nan)
     return {
         "order": order.scan,
         "control": order.control,
@@ -98,8 +99,8 @@ def _summary(c: Comparison, order: Order) -> dict[str, Any]:
         **(
             {
                 "difference": d.mean, "difference_low": d.low, "difference_high": d.high, "test_over_seeds": d.test,
-                "p_over_seeds": d.p, "p_over_seeds_holm": order.seeds_p, "hedges_g": d.effect,
-                "hedges_g_low": d.effect_low, "hedges_g_high": d.effect_high, "detectable_difference": order.detectable,
+                "p_over_seeds": d.p, "p_over_seeds_holm": order.seeds_p, "hedges_g": effect[0],
+                "hedges_g_low": effect[1], "hedges_g_high": effect[2], "detectable_difference": order.detectable,
             }
             if d
             else {}

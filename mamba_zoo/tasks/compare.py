@@ -35,6 +35,7 @@ def orders(
     train: Trainer | None = None,
     grid: tuple[int, ...] = (14, 14),
     keep_checkpoints: bool = False,
+    report: bool = True,
     progress: bool = True,
 ) -> Comparison:
     """Train `model` once for every order and seed, and say which differences are real.
@@ -67,6 +68,7 @@ def orders(
             `inference_images_per_second` and `peak_memory_bytes`. What it depends on belongs into `model_options`.
         grid: The grid on which the report draws and describes the orders.
         keep_checkpoints: Keep the weights of finished runs too.
+        report: Write `report.html`.
         progress: Show what runs, and how long it will take.
 
     Raises:
@@ -103,7 +105,7 @@ def orders(
         comparison = load(out)
         from .report import write_all
 
-        write_all(comparison, store.out)
+        write_all(comparison, store.out, report)
     return comparison
 
 

@@ -12,15 +12,16 @@ from ._run_store import flatten
 from ._tables import cost_rows, result_rows, write_csv
 
 
-def write_all(c: Comparison, out: str | Path) -> None:
-    """`results.csv`, `summary.csv` and `report.html` in `out`; nothing if no run has finished."""
+def write_all(c: Comparison, out: str | Path, page: bool = True) -> None:
+    """`results.csv`, `summary.csv` and, with `page`, `report.html` in `out`; nothing if no run has finished."""
     if not c.runs:
         return
     from .checkpoints import write_atomically
 
     out = Path(out)
     write_csv(c, out)
-    write_atomically(out / "report.html", lambda file: file.write(render(c).encode()))
+    if page:
+        write_atomically(out / "report.html", lambda file: file.write(render(c).encode()))
 
 
 def render(c: Comparison) -> str:
@@ -116,7 +117,7 @@ def _orders(c: Comparison) -> str:
         name = html.escape(order.scan)
         figure, found = drawing(c, order.scan), scan_statistics(c, order.scan)
         if figure is None or found is None:
-            reason = "no scan: tokens do not see each other in the mixer" if order.scan == "none" else "not drawn"
+            reason = "no scan; what surrounds it, such as convolutions, stays" if order.scan == "none" else "not drawn"
             parts.append(f"<h3>{name}</h3><p>{reason}.</p>")
             continue
         alt = f"Paths of {order.scan}, {found['directions']:.0f} directions on a grid of {grid}"
@@ -141,7 +142,8 @@ def _details(c: Comparison) -> str:
         d, i = o.seeds, o.items
         if d is None:
             continue
-        effect = "n/a" if d.blocks < 2 else f"{d.effect:.2f} [{d.effect_low:.2f}, {d.effect_high:.2f}]"
+        g, low, high = d.effect(c.alpha)
+        effect = "n/a" if d.blocks < 2 else f"{g:.2f} [{low:.2f}, {high:.2f}]"
         rows.append(
             [
                 o.scan, d.test, f"{d.p:.3g}", f"{o.seeds_p:.3g}", effect, show.show(o.detectable),
@@ -221,12 +223,13 @@ _CAPTIONS = {
 
 _HOW_TO_READ = """
 <p><strong>Two questions, two tests.</strong> <em>p seeds</em>: would training again, with other seeds, show the same
-winner? It compares the scores of equal seeds: a paired t-test, or an exact sign-flip permutation test where there are
-enough seeds for one. <em>p examples</em>: would the models trained here keep their places on other test examples of the
-same kind? It compares the answers to the same examples, averaged over seeds: a sign-flip permutation test, or McNemar's
-test for a single seed. An order is called better or worse only if both say so.</p>
+winner? It compares the scores of equal seeds: a paired t-test whose spread leans on that of the other orders
+(moderated), or an exact sign-flip permutation test where there are enough seeds for one. <em>p examples</em>: would the
+models trained here keep their places on other test examples of the same kind? It compares the answers to the same
+examples, averaged over seeds: a sign-flip permutation test, or McNemar's test for a single seed. An order is called
+better or worse only if both say so.</p>
 <p>Every p-value in the first table is corrected for the number of comparisons (Holm): the chance of any false finding
-in its column is at most {alpha}. Intervals are {confidence} % intervals of single differences, not corrected.
+in its column is about {alpha} at most. Intervals are {confidence} % intervals of single differences, not corrected.
 <em>Detectable</em> is the true difference that this many seeds would find four times out of five. <em>Hedges' g</em> is
 the mean difference in standard deviations of the differences.</p>
 <p>No difference seen does not mean equal: look at the interval, and at what was detectable. All of this is about one

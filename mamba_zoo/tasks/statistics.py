@@ -32,9 +32,6 @@ class Paired:
         high: Upper end.
         p: Two-sided p-value of `test`; 1 with one block.
         test: "paired t-test", "moderated paired t-test" or "sign-flip permutation test".
-        effect: Hedges' g of the differences (mean over std, corrected for few blocks); 0 if all differences are zero.
-        effect_low: Lower end of its interval, from the noncentral t distribution.
-        effect_high: Upper end.
     """
 
     blocks: int
@@ -45,9 +42,12 @@ class Paired:
     high: float
     p: float
     test: str
-    effect: float
-    effect_low: float
-    effect_high: float
+
+    def effect(self, alpha: float = 0.05) -> tuple[float, float, float]:
+        """Hedges' g of the differences (mean over std, corrected for few blocks), and its noncentral t interval."""
+        if self.blocks < 2:
+            return math.nan, -math.inf, math.inf
+        return _hedges(self.mean, self.std, self.blocks, alpha)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def paired(
     d = x - y
     n, mean, inf = len(d), float(d.mean()), math.inf
     if n == 1:
-        return Paired(1, mean, math.nan, inf, -inf, inf, 1.0, "none: one seed", math.nan, -inf, inf)
+        return Paired(1, mean, math.nan, inf, -inf, inf, 1.0, "none: one seed")
     std = float(d.std(ddof=1))
     if np.ptp(d) <= 1e-12 * max(1.0, float(np.abs(d).max())):
         std = 0.0  # equal differences, up to rounding
@@ -133,8 +133,7 @@ def paired(
     else:
         p = float(2 * stats.t.sf(abs(mean) / error, df))
         test = "moderated paired t-test" if more else "paired t-test"
-    effect, low, high = _hedges(mean, std, n, alpha)
-    return Paired(n, mean, std, error, mean - half, mean + half, p, test, effect, low, high)
+    return Paired(n, mean, std, error, mean - half, mean + half, p, test)
 
 
 def shared_spread(stds: Sequence[float]) -> float | None:
