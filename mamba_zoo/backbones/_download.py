@@ -73,15 +73,15 @@ def _from_hub(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] |
 
     folder = None if cache_dir is None else Path(cache_dir)
     repo, revision = hf_split(str(cfg.hf_hub_id))
-    files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _HUB_FILES
-    for filename in files:
+    filename, failure = "", Exception()
+    for filename in (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _HUB_FILES:
         try:
             return Path(hf_hub_download(repo, filename, revision=revision, cache_dir=folder))
         except Exception as error:  # the hub client raises several unrelated families of errors
-            absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-            if not absent or filename == files[-1]:
-                raise _unreachable(name, f"https://huggingface.co/{repo}", filename, error) from error
-    raise AssertionError("unreachable: the last file either returns or raises")
+            failure = error
+            if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
+                break  # not reached at all, so the next file would not be either
+    raise _unreachable(name, f"https://huggingface.co/{repo}", filename, failure) from failure
 
 
 def _chosen(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import threading
 import huggingface_hub
 import pytest
 import timm
+import torch
 
 from mamba_zoo.backbones import _download
 from mamba_zoo.backbones._checkpoint import save_checkpoint
@@ -116,3 +117,15 @@ def test_the_hub_is_asked_for_the_published_file(file, weights, monkeypatch):
 def test_no_address():
     with pytest.raises(ValueError, match=r"no address is known .*checkpoint_path="):
         published(None)
+
+
+def test_a_folder_exported_by_timm_loads_again(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vmamba_mini", num_classes=3)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    for ours, theirs in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds none of model\.safetensors"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
