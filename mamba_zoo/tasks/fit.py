@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -74,7 +75,9 @@ class FitCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "mamba-zoo fit",
+                "usage": "mamba-zoo fit [--data.root DATA] [--model.name NAME] [--resume [RUN]] [other flags]",
                 "description": _DESCRIPTION,
+                "formatter_class": _HelpFormatter,
                 "exit_on_error": False,
                 "dump_header": ["recipe of mamba-zoo fit"],
             },
@@ -84,6 +87,13 @@ class FitCLI(LightningCLI):
             # save_hyperparameters then stores plain values, which load without running a pickle
             load_from_checkpoint_support=False,
         )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What users set most comes first."""
+        parser.add_lightning_class_args(ImageData, "data")
+        parser.add_lightning_class_args(ImageClassifier, "model")
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our own flags, and what the data tells the model."""
@@ -158,6 +168,10 @@ class FitCLI(LightningCLI):
         if self.trainer.is_global_zero:
             print_summary(self.out, self.history.rows, self.model, self.datamodule)
         return 0
+
+
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description."""
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -241,8 +255,14 @@ def _named_configs(args: Sequence[str]) -> list[str]:
 
 
 _DESCRIPTION = """Train or fine-tune a model. With no arguments: vmamba_mini on handwritten digits, about a minute.
-Recipes: --config digits | imagefolder | cifar | FILE.yaml; flags override them. Without --config the recipe follows
-from --data.root. Results: runs/MODEL-NUMBER with best.ckpt, last.ckpt, history.csv, curves.png, TensorBoard events.
-Examples: mamba-zoo fit --data.root photos --model.name vmamba_tiny --model.pretrained true;
-mamba-zoo fit --model.scan hilbert; mamba-zoo fit --resume;
-mamba-zoo fit --config cifar --trainer.precision bf16-mixed"""
+
+A recipe is a YAML file that flags override: --config digits | imagefolder | cifar | FILE.yaml. Without --config it
+follows from --data.root. --print_config shows every setting.
+
+Results: runs/MODEL-NUMBER with best.ckpt, last.ckpt, history.csv, curves.png, config.yaml and TensorBoard events.
+
+  mamba-zoo fit
+  mamba-zoo fit --data.root photos --model.name vmamba_tiny --model.pretrained true
+  mamba-zoo fit --model.scan hilbert --trainer.max_epochs 50
+  mamba-zoo fit --config cifar --trainer.precision bf16-mixed
+  mamba-zoo fit --resume"""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"})
@@ -56,14 +56,18 @@ class Images(Dataset):
 
 
 def read_image(path: Path, mode: str) -> Image.Image:
-    """The whole image, decoded and converted.
+    """The whole image, decoded, turned upright as its EXIF tag says, and converted.
+
+    Args:
+        path: Of a file that Pillow can read. 16-bit grey values are scaled to 8 bits, transparency is dropped.
+        mode: PIL mode, "RGB" or "L".
 
     Raises:
-        BadImageError: naming the file, if it cannot be decoded to its end.
+        BadImageError: naming the file, if it cannot be decoded to its end or holds floating-point pixels.
     """
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
+            return _eight_bits(ImageOps.exif_transpose(image)).convert(mode)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
@@ -71,6 +75,20 @@ def read_image(path: Path, mode: str) -> Image.Image:
         raise BadImageError(
             f"cannot read the image {path}: {reason}; remove the file, or leave such files out with on_bad_image='skip'"
         ) from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pixels whose range Pillow's own conversion would clip are scaled; it is silent about both."""
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("its pixels exceed 16 bits")
+        return Image.fromarray((pixels >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    return image
 
 
 def drop_unreadable(paths: Sequence[Path], targets: Sequence[int]) -> tuple[list[Path], list[int], list[Path]]:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import logging
+import math
 import signal
 import time
 import warnings
@@ -54,9 +55,19 @@ class History(Callback):
         self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the epoch, and write the file anew."""
+        """Add the epoch, and write the file anew.
+
+        Raises:
+            ValueError: the training loss is NaN or infinite.
+        """
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         loss = trainer.callback_metrics.get("train/loss_epoch", trainer.callback_metrics.get("train/loss"))
+        if loss is not None and not math.isfinite(float(loss)):
+            # Raised before the checkpoints are written: they stay at the epoch before.
+            raise ValueError(
+                f"the loss became {float(loss)} in epoch {epoch_number(trainer)}; use a lower lr, more warm-up, or "
+                "precision 32-true or bf16-mixed (mamba_zoo.tasks.nonfinite.find_nonfinite names the layer)"
+            )
         row = {
             "epoch": epoch_number(trainer),
             "step": trainer.global_step,

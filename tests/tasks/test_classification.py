@@ -14,7 +14,7 @@ import mamba_zoo
 from mamba_zoo.tasks import ImageClassifier, ImageData, train_once
 from mamba_zoo.tasks.checkpoints import AtomicCheckpointIO, read_checkpoint
 from mamba_zoo.tasks.evaluate import predict_files
-from mamba_zoo.tasks.image_files import BadImageError
+from mamba_zoo.tasks.image_files import BadImageError, read_image
 from mamba_zoo.tasks.optim import no_decay_names, parameter_groups, warmup_cosine
 from mamba_zoo.tasks.train import make_classifier
 
@@ -230,7 +230,7 @@ def test_torchvision_data_set_by_name(tmp_path):
 
 
 def test_bad_folders_say_what_is_wrong(folder, tmp_path):
-    def error(root, kind=FileNotFoundError, **options):
+    def error(root, kind: type[Exception] = FileNotFoundError, **options):
         with pytest.raises(kind) as caught:
             ImageData(str(root), **options).setup()
         message = str(caught.value)
@@ -262,6 +262,40 @@ def test_bad_image_is_named_or_left_out(folder):
     data = ImageData(str(folder), FAST, image_size=32, on_bad_image="skip")
     assert len(data.split("train")) == 24
     assert sorted(data.skipped) == [text, cut]
+
+
+def test_images_of_every_kind_are_read_as_they_look(tmp_path):
+    grey = np.linspace(0, 255, 48).astype(np.uint8).reshape(6, 8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png", "L").tobytes() == grey.tobytes()
+    palette = Image.fromarray(grey).convert("RGB").quantize(8)
+    palette.save(tmp_path / "palette.png", transparency=bytes(range(8)))
+    assert read_image(tmp_path / "palette.png", "RGB").size == (8, 6)
+    turned = Image.fromarray(grey).rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[274] = 6  # to be shown turned clockwise by 90 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "turned.png", "L")), grey)
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(BadImageError, match=r"float\.tif.*unknown range"):
+        read_image(tmp_path / "float.tif", "L")
+
+
+def test_diverged_run_stops_and_keeps_the_last_good_epoch(tmp_path, monkeypatch):
+    step = ImageClassifier.training_step
+
+    def poisoned(self, batch, batch_idx):
+        if self.current_epoch == 1:
+            batch = (batch[0] * float("inf"), batch[1])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ImageClassifier, "training_step", poisoned)
+    with pytest.raises(ValueError, match="the loss became nan in epoch 2"):
+        train_once(FAST, fast_digits(), tmp_path, max_epochs=3, trainer=CPU)
+    stored = read_checkpoint(tmp_path / "last.ckpt")
+    assert stored["global_step"] == 6
+    assert all(torch.isfinite(value).all() for value in stored["state_dict"].values())
 
 
 @pytest.mark.parametrize(
