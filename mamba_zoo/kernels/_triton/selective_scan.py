@@ -22,8 +22,8 @@ class Shape:
 
 
 # By the number of states, rounded up to a power of two: the largest shapes that spill nothing, or next to nothing, on
-# sm_90 (triton 3.6, bfloat16, all options, states saved). Registers, forward: 94, 90, 122, 122, 213, 217, 221, 233, 254;
-# backward: 209, 168, 166, 212, 255, 254, 255, 255 and 255 (16 and 32 bytes spilled by the last two).
+# sm_90 (triton 3.6, bfloat16, all options, states saved). Registers, forward: 94, 90, 122, 122, 213, 217, 221, 233 and
+# 254; backward: 209, 168, 166, 212, 255, 254, 255, 255 and 255 (16 and 32 bytes spilled by the last two).
 FORWARD = {
     1: Shape(1, 64, 4),
     2: Shape(1, 32, 4),
