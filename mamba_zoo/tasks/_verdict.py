@@ -82,7 +82,10 @@ def _sentence(c: Comparison, order: Order, d: statistics.Paired) -> str:
             f"cannot tell this from luck in training ({over_seeds}): train more seeds before believing it."
         )
     if d.mean == d.std == 0:
-        return f"{name} and {reference} score exactly alike with every one of {d.blocks} seeds."
+        return (
+            f"{name} and {reference} score exactly alike with every one of {d.blocks} seeds: the order does not reach "
+            "the model's answers. Few tokens (small images) or very short training can be why."
+        )
     unseen = metric.difference(order.detectable)
     sentence = (
         f"{name} and {reference} do not differ measurably: difference {metric.show(d.mean, signed=True)} ± "
