@@ -65,8 +65,8 @@ class DirectionAwareSSM(SelectiveSSM):
         )
         if self.aligned:
             return scan(u, order=order, reduce="sum")
-        y = scan(_Spread.apply(u, routes.source, routes.inverse), order=routes.order)
-        return _Collect.apply(y, routes.source, routes.inverse)  # type: ignore[return-value]
+        y = scan(_spread(u, routes.source, routes.inverse), order=routes.order)
+        return _collect(y, routes.source, routes.inverse)
 
 
 class _Routes:
@@ -120,43 +120,38 @@ def _routes(order: Tensor, grid: tuple[int, int], aligned: bool) -> _Routes:
     return known[grid, aligned]
 
 
-class _Spread(torch.autograd.Function):
-    """Tokens `(b, l, d)` to `(b, l, k, d)`: entry (i, k) is token `source[i, k]`. The adjoint of `_Collect`."""
-
-    @staticmethod
-    def forward(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
-        return _spread(x, source)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _, inverse = ctx.saved_tensors
-        return _collect(grad, inverse), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """`(b, l, k, d)` to tokens `(b, l, d)`: each sums what `_Spread` took from it."""
-
-    @staticmethod
-    def forward(y: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
-        return _collect(y, inverse)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        source, _ = ctx.saved_tensors
-        return _spread(grad, source), None, None
-
-
-def _spread(x: Tensor, source: Tensor) -> Tensor:
+@torch.library.custom_op("mamba_zoo::spread_tokens", mutates_args=())
+def _spread(x: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
+    """Tokens `(b, l, d)` to `(b, l, k, d)`: entry (i, k) is token `source[i, k]`."""
     return x.index_select(1, source).unflatten(1, (x.shape[1], -1))
 
 
-def _collect(y: Tensor, inverse: Tensor) -> Tensor:
+@torch.library.custom_op("mamba_zoo::collect_tokens", mutates_args=())
+def _collect(y: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
+    """`(b, l, k, d)` to tokens `(b, l, d)`: each sums what `_spread` took from it. The adjoint of `_spread`."""
     return y.flatten(1, 2).index_select(1, inverse).view(y.shape).sum(2)
+
+
+@_spread.register_fake
+def _(x, source, inverse):
+    b, l, d = x.shape
+    return x.new_empty(b, l, source.shape[0] // l, d)
+
+
+@_collect.register_fake
+def _(y, source, inverse):
+    b, l, _, d = y.shape
+    return y.new_empty(b, l, d)
+
+
+def _keep_tables(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+# Ops of our own, because torch would differentiate index_select by an addition at every index, one after another.
+_spread.register_autograd(
+    lambda ctx, grad: (_collect(grad, *ctx.saved_tensors), None, None), setup_context=_keep_tables
+)
+_collect.register_autograd(
+    lambda ctx, grad: (_spread(grad, *ctx.saved_tensors), None, None), setup_context=_keep_tables
+)
