@@ -15,6 +15,7 @@ from rich.table import Table
 
 from mamba_zoo.kernels import selective_scan
 from mamba_zoo.kernels._cuda import _plan
+from mamba_zoo.kernels._cuda import selective_scan as implementation
 from mamba_zoo.kernels._cuda._plan import Launch
 
 from .kernels import DTYPES, make_inputs, median_ms
@@ -73,12 +74,14 @@ def try_launches(shape, dtype: str, name: str, console: Console) -> None:
                 f"{launch.blocks} blocks{'' if launch.hold else ', decays again'}"
             )
             setattr(_plan, attribute, lambda *_, line=launch: line)
+            implementation._setups.clear()
             try:
                 times.append((time_pass(problem, backward), label))
             except RuntimeError as error:
                 console.print(f"{label}: {str(error).splitlines()[0]}")
     finally:
         setattr(_plan, attribute, shipped)
+        implementation._setups.clear()
     table = Table(title=f"{shape.name} {dtype} {name}")
     table.add_column("ms")
     table.add_column("launch")

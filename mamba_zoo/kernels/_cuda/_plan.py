@@ -109,6 +109,24 @@ def backward_launch(n: int, d: int, programs: int, width: int) -> Launch:
     return _fit(Launch(N, lanes, 1, {32: 8, 64: 8, 128: 4, 256: 2}[N], 128 if N <= 64 else 64, 2), d)
 
 
+def tile_states(launch: Launch, steps: int) -> int:
+    """Bytes of shared memory for the states at the tiles of a segment of `steps` in the backward pass."""
+    return steps // launch.tile * launch.states * launch.channels * 4 if steps > launch.tile else 0
+
+
+def fit_shared(launch: Launch, steps: int, limit: int) -> Launch:
+    """The launch, with fewer threads where a block may have only `limit` bytes of shared memory."""
+
+    def needed(launch: Launch) -> int:
+        fixed = 4 * launch.tile * launch.states * (4 + 4 * launch.threads // 32) + 4 * WINDOW
+        return fixed + tile_states(launch, steps)
+
+    while needed(launch) > limit and launch.threads > 32:
+        threads = max(32, launch.threads // 64 * 32)
+        launch = replace(launch, threads=threads, blocks=launch.blocks * launch.threads // threads)
+    return launch
+
+
 def chunk_length(programs: int, m: int, n: int, keep: int) -> int:
     """Steps per chunk where there are too few channels to fill the GPU, else 0: whole rows.
 

@@ -95,6 +95,12 @@ def architecture(device: int) -> str:
     return f"sm_{max(fitting)}"
 
 
+@lru_cache(maxsize=64)
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block of `device` may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def cubin(source: str, arch: str) -> bytes:
     """Machine code of `source`, from the cache if it is there and intact."""
     key = hashlib.sha256("\0".join([source, arch, *_OPTIONS, *map(str, _version())]).encode()).hexdigest()
