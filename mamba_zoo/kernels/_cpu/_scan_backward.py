@@ -14,7 +14,7 @@ from numba.np.numpy_support import carray
 
 from ._pool import Kernel
 from ._rows import V, read, read_states, write, write_states
-from ._scan_forward import TILE
+from ._scan_forward import AHEAD, TILE
 from ._simd import (
     LOG2E,
     W,
@@ -26,6 +26,7 @@ from ._simd import (
     load,
     load_i32,
     load_i64,
+    prefetch,
     quarter_sums,
     sigmoid,
     softplus,
@@ -237,6 +238,11 @@ def scan_backward(pointer, scratch):
                         dz = a.dz + sample * a.dz_b + direction * a.dz_k + 4 * c
                         for t in range(steps):
                             i = load_i32(visits + 4 * (start + t))
+                            if start + t + AHEAD < last:
+                                later = load_i32(visits + 4 * (start + t + AHEAD))
+                                prefetch(dt + later * dt_l)
+                                prefetch(u + later * u_l)
+                                prefetch(dout + later * dy_l)
                             step, x, out = bias, zeros(), zeros()
                             if i >= 0:
                                 step, x = step + read(dt + i * dt_l, count), read(u + i * u_l, count)

@@ -22,6 +22,7 @@ from ._simd import (
     load,
     load_i32,
     load_i64,
+    prefetch,
     sigmoid,
     softplus,
     splat,
@@ -31,6 +32,7 @@ from ._simd import (
 )
 
 TILE = 32  # steps between saved states
+AHEAD = 16  # steps between asking for a row and reading it: the hardware cannot foresee an order
 
 FIELDS = (
     "rows", "blocks", "split", "k", "d", "n", "m", "softplus", "mean", "add", "complete", "tiles",
@@ -129,6 +131,10 @@ def scan(pointer, scratch):
                     tile += 1
                 for t in range(steps):
                     i = load_i32(visits + 4 * (start + t))
+                    if start + t + AHEAD < last:
+                        later = load_i32(visits + 4 * (start + t + AHEAD))
+                        prefetch(dt + later * dt_l)
+                        prefetch(u + later * u_l)
                     step, x = bias, zeros()
                     if i < 0:
                         store_i64(maps + 16 * t, nothing)

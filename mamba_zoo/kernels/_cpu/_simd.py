@@ -14,9 +14,19 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
+from numba.core import config as numba_config
 from numba.extending import models, overload, register_model
 
-_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f"))
+
+def _features() -> set[str]:
+    """The instruction sets that numba compiles for: this machine's, unless its NUMBA_CPU_* settings say otherwise."""
+    config: Any = numba_config  # its attributes are set when it is imported
+    if config.CPU_NAME or config.CPU_FEATURES is not None:
+        return {name[1:] for name in (config.CPU_FEATURES or "").split(",") if name.startswith("+")}
+    return {name for name, present in llvm.get_host_cpu_features().items() if present and config.ENABLE_AVX}
+
+
+_AVX512 = {"avx512f", "avx512dq"} <= _features()
 W = 16 if _AVX512 else 8
 
 # An intrinsic is written with a typing context in front that its callers do not pass; type checkers cannot know.
@@ -93,7 +103,23 @@ def _scaled_by_power(builder, fraction, power):
     return builder.bitcast(builder.add(builder.bitcast(p, _VI), exponent), _VF)
 
 
+def _exp2_avx512(builder, x):
+    """With the instructions for `x - round(x)` and `p 2^floor(n)`, without clamping: saves a sixth of the scan."""
+
+    def call(name, a, b):
+        kind = ir.FunctionType(_VF, [_VF, b.type, _VF, ir.IntType(16), _I32])
+        fn = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512.mask.{name}.ps.512")
+        every_lane, current_rounding = ir.Constant(ir.IntType(16), -1), _I32(4)
+        return builder.call(fn, [a, b, a, every_lane, current_rounding])
+
+    fraction = call("reduce", x, _I32(8))  # to the nearest integer, no exceptions
+    p = _fma(builder, _polynomial(builder, fraction, _EXP2), fraction, _const(1.0))
+    return call("scalef", p, builder.fsub(x, fraction))
+
+
 def _exp2(builder, x):
+    if _AVX512:
+        return _exp2_avx512(builder, x)
     x = _at_most(builder, _at_least(builder, x, -126.0), 127.49)
     power = builder.fadd(x, _const(_ROUND))
     return _scaled_by_power(builder, builder.fsub(x, builder.fsub(power, _const(_ROUND))), power)
@@ -187,6 +213,22 @@ def store_f32(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address, which need not be valid."""
+
+    def codegen(context, builder, signature, args):
+        pointer = _pointer(builder, args[0], ir.IntType(8))
+        fn = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]), "llvm.prefetch.p0"
+        )
+        to_read, to_all_caches, data = _I32(0), _I32(3), _I32(1)
+        builder.call(fn, [pointer, to_read, to_all_caches, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic
@@ -312,7 +354,7 @@ def store_quarters(typingctx, address, value):
 
 @intrinsic
 def exp2(typingctx, x):
-    """2^x, relative error 2e-7; x is clamped to [-126, 127.49]."""
+    """2^x, relative error 2e-7. Without AVX-512 x is clamped to [-126, 127.49]."""
 
     def codegen(context, builder, signature, args):
         return _exp2(builder, args[0])

@@ -24,7 +24,7 @@ def address(x: Tensor | None) -> int:
 
 
 def rows(name: str, x: Tensor | None) -> dict[str, int]:
-    """Address and strides in bytes of float32 `(b, l, c)` or `(b, l, k, c)`; directions that share rows have stride 0."""
+    """Address and strides in bytes of float32 `(b, l, c)` or `(b, l, k, c)`; without directions their stride is 0."""
     if x is None:
         return {name: 0, f"{name}_b": 0, f"{name}_l": 0, f"{name}_k": 0}
     b, l, *k = x.stride()
