@@ -30,7 +30,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 @register(
-    Card("sequence", "state-spaces/mamba@e9594ce1c732 mamba_ssm/modules/mamba_simple.py", "Apache-2.0", "2312.00752"),
+    Card(
+        "sequence",
+        "state-spaces/mamba@e9594ce1c732 mamba_ssm/modules/mamba_simple.py",
+        "Apache-2.0",
+        "2312.00752",
+        251_520,
+    ),
     num_classes=-1,
     input_size=None,
 )

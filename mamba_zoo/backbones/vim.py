@@ -235,7 +235,15 @@ def vim_small_stride8(pretrained: bool = False, **kwargs: Any) -> Vim:
 
 
 @register(
-    Card("image", "mamba_zoo", "Apache-2.0", "2401.09417", drop_path=0.1, notes="Not published: for small images."),
+    Card(
+        "image",
+        "mamba_zoo",
+        "Apache-2.0",
+        "2401.09417",
+        359_400,
+        drop_path=0.1,
+        notes="Not published: for small images.",
+    ),
     **image_cfg("patch_embed.proj", "head", size=32, crop_pct=1.0),
 )
 def vim_mini(pretrained: bool = False, **kwargs: Any) -> Vim:

@@ -256,6 +256,7 @@ def vmamba_base_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
         "mamba_zoo",
         "Apache-2.0",
         "2401.10166",
+        523_752,
         drop_path=0.1,
         notes="Not published: for small images.",
     ),

@@ -142,13 +142,6 @@ def test_a_pooling_it_does_not_have_is_refused():
         small(global_pool="max")
 
 
-def test_exports_and_compiles_without_graph_breaks():
-    model, x = small(depth=1), torch.randn(2, 3, 10, 12)
-    want = model(x)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), want)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), want)
-
-
 def test_reversing_the_tokens_exchanges_the_directions():
     mixer = Mamba(8, d_state=3, k=2, reduce="mean")
     twin = Mamba(8, d_state=3, k=2, reduce="mean")

@@ -164,11 +164,6 @@ def test_float16_sums_over_directions_do_not_overflow(device):
     assert (got.float() - want).norm() < 0.02 * want.norm()
 
 
-def test_compiles_without_graph_breaks():
-    model, x = small(depths=(1, 1)), torch.randn(2, 3, 10, 12)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
-
-
 def test_features_of_chosen_stages_keep_no_unused_parameter():
     model = mamba_zoo.create_model("vmamba_mini", features_only=True, out_norm=True, out_indices=(0, 1))
     features = model(torch.randn(2, 3, 16, 16))
