@@ -33,6 +33,7 @@ class History(Callback):
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.rows = path, []
         self._started = self._seconds = 0.0
+        self._images = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far."""
@@ -44,7 +45,13 @@ class History(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time."""
-        self._started, self._seconds = time.perf_counter(), 0.0
+        self._started, self._seconds, self._images = time.perf_counter(), 0.0, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the images of all processes."""
+        self._images += len(batch[0]) * trainer.world_size
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: validation is not training."""
@@ -71,6 +78,7 @@ class History(Callback):
         row = {
             "epoch": epoch_number(trainer),
             "step": trainer.global_step,
+            "images": self._images,
             "seconds": self._seconds + time.perf_counter() - self._started,
             "lr": trainer.optimizers[0].param_groups[-1]["lr"],
             **({"train/loss": float(loss)} if loss is not None else {}),
@@ -122,6 +130,8 @@ def quiet() -> Iterator[None]:
             # Lightning's own use of torch and jsonargparse.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
             warnings.filterwarnings("ignore", message=r"(?s).*(JsonargparseDeprecationWarning|instantiate_classes)")
+            # Values of the whole epoch are logged whatever the interval.
+            warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
             # A frozen part is in evaluation mode on purpose.
             warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
             yield

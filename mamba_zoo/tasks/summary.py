@@ -50,7 +50,6 @@ def print_summary(out: Path, rows: Sequence[dict[str, Any]], model: Any, data: A
     plot_curves(rows, out / "curves.png")
     best = max(rows, key=lambda row: row.get(MONITOR, float("-inf")))
     seconds = sum(row["seconds"] for row in rows)
-    count = len(data.split("train"))
     table = Table(title=f"{model.name} on {data.root}", show_header=False, title_justify="left")
     table.add_row("parameters", f"{sum(p.numel() for p in model.net.parameters()):,}")
     table.add_row("images", ", ".join(f"{len(data.split(s)):,} {s}" for s in ("train", "val", "test")))

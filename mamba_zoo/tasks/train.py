@@ -90,7 +90,7 @@ def train_once(
         scores = runner.test(classifier, datamodule=data, verbose=False)[0]
         test_seconds = time.perf_counter() - started
     seconds = sum(row["seconds"] for row in history.rows)
-    images = len(data.split("train")) * len(history.rows)
+    images = sum(row["images"] for row in history.rows)
     result = {
         "accuracy": scores["test/top1"],
         "test": {key.removeprefix("test/"): value for key, value in scores.items()},

@@ -114,6 +114,7 @@ def test_learns_digits(tmp_path, device):
     )
     assert result["accuracy"] >= 0.85
     assert [row["epoch"] for row in result["curve"]] == [1, 2, 3, 4]
+    assert result["images_per_second"] == pytest.approx(4 * 1200 / result["seconds"])
     assert result["curve"][-1]["train/loss"] < 0.5 * result["curve"][0]["train/loss"]
     stored = np.load(tmp_path / "test_predictions.npz")
     assert (stored["target"] == stored["predicted"]).mean() == pytest.approx(result["accuracy"], abs=1e-6)
