@@ -55,9 +55,8 @@ def print_summary(out: Path, rows: Sequence[dict[str, Any]], model: Any, data: A
     table.add_row("images", ", ".join(f"{len(data.split(s)):,} {s}" for s in ("train", "val", "test")))
     if data.skipped:
         table.add_row("left out", f"{len(data.skipped)} unreadable files, the first is {data.skipped[0]}")
-    table.add_row(
-        "training", f"{len(rows)} epochs, {seconds:.1f} s, {count * len(rows) / max(seconds, 1e-9):,.0f} images/s"
-    )
+    speed = sum(row["images"] for row in rows) / max(seconds, 1e-9)
+    table.add_row("training", f"{len(rows)} epochs, {seconds:.1f} s, {speed:,.0f} images/s")
     if MONITOR in best:
         table.add_row("best epoch", f"{best['epoch']}, top-1 {best[MONITOR]:.4f} on the validation images")
     table.add_row("files", f"{out}: best.ckpt, last.ckpt, history.csv, curves.png")
