@@ -175,7 +175,7 @@ def test_refusals_say_why():
     assert "not on cuda" in str(refusals("cuda")["cpu"])
 
 
-def count_items(pointer, scratch):
+def count_items(pointer):
     """A loop for `Kernel`: item i writes i + 1 to place i."""
     a = carray(pointer, 1)[0]
     while True:

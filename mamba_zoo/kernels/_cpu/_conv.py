@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 from numba.np.numpy_support import carray
 
-from ._pool import Kernel
+from ._pool import Kernel, own_scratch
 from ._rows import V, read, read_states, write, write_states
 from ._simd import W, exp_minus_abs, fetch_add, load, load_i32, sigmoid, splat, store, zeros
 
@@ -39,9 +39,10 @@ def slide(tape, steps, lag):
         store(tape + V * i, load(tape + V * (steps + i)))
 
 
-def convolve(pointer, scratch):
+def convolve(pointer):
     """Take work items of the forward pass until none is left."""
     a = carray(pointer, 1)[0]
+    scratch = own_scratch(a)
     k, d, w, m, silu, x_l, y_l = a.k, a.d, a.w, a.m, a.silu, a.x_l, a.y_l
     lag = w - 1
     taps = scratch
@@ -104,9 +105,10 @@ def give_back(a, slopes, taps, dfinal, dinitial, visits, dx, add, first, start, 
                 write(dx + i * a.dx_l, total, count)
 
 
-def convolve_backward(pointer, scratch):
+def convolve_backward(pointer):
     """Take work items of the backward pass until none is left."""
     a = carray(pointer, 1)[0]
+    scratch = own_scratch(a)
     k, d, w, m, silu, x_l, dy_l = a.k, a.d, a.w, a.m, a.silu, a.x_l, a.dy_l
     lag = w - 1
     taps = scratch

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numba.np.numpy_support import carray
 
-from ._pool import Kernel
+from ._pool import Kernel, own_scratch
 from ._rows import V, read, read_states, write, write_states
 from ._scan_forward import AHEAD, TILE
 from ._simd import (
@@ -149,9 +149,10 @@ def one_state(h, A, g, dA, delta, drive, dy, y, into, through, decays, states, d
     store(dA, d0)
 
 
-def scan_backward(pointer, scratch):
+def scan_backward(pointer):
     """Take work items until none is left."""
     a = carray(pointer, 1)[0]
+    scratch = own_scratch(a)
     k, d, n, m = a.k, a.d, a.n, a.m
     u_l, dt_l, z_l, dy_l, du_l, ddt_l, dz_l = a.u_l, a.dt_l, a.z_l, a.dy_l, a.du_l, a.ddt_l, a.dz_l
     B_l, C_l, nothing, use_softplus = a.B_l, a.C_l, a.zeros, a.softplus

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 from numba.np.numpy_support import carray
 
-from ._pool import Kernel
+from ._pool import Kernel, own_scratch
 from ._rows import V, read, read_states, write, write_states
 from ._simd import (
     LOG2E,
@@ -79,9 +79,10 @@ def one_state(h, A, delta, drive, y, maps, steps, j):
     store(h, h0)
 
 
-def scan(pointer, scratch):
+def scan(pointer):
     """Take work items until none is left."""
     a = carray(pointer, 1)[0]
+    scratch = own_scratch(a)
     k, d, n, m = a.k, a.d, a.n, a.m
     tokens_u, u_l, tokens_dt, dt_l, z_l, y_l = a.u, a.u_l, a.dt, a.dt_l, a.z_l, a.y_l
     B_l, C_l, nothing, use_softplus = a.B_l, a.C_l, a.zeros, a.softplus
