@@ -288,12 +288,15 @@ class Tokens(Backbone):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dim, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
 
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Images `(b, c, h, w)` to tokens `(b, l, d)`, the order `(k, m)` to visit them in, and the patch grid."""
+    def embed(self, x: Tensor) -> tuple[Tensor, Any, tuple[int, ...]]:
+        """Images `(b, c, h, w)` to tokens `(b, l, d)`, what all blocks are given besides, and the patch grid.
+
+        For most models this is the order `(k, m)` to visit the tokens in.
+        """
         raise NotImplementedError
 
-    def class_index(self, tokens: int) -> int:
-        """Where the class token stands among `tokens`, itself included."""
+    def class_index(self, tokens: int) -> int | None:
+        """Where the class token stands among `tokens`, itself included; None if there is none."""
         raise NotImplementedError
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -330,11 +333,10 @@ class Tokens(Backbone):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify what `forward_features` returns; `pre_logits` stops before the classifier."""
-        index = self.class_index(x.shape[1])
         if self.global_pool == "token":
-            x = x[:, index]
+            x = x[:, self.class_index(x.shape[1])]
         elif self.global_pool == "avg":
-            x = remove_token(x, index).mean(1)
+            x = self._patches(x).mean(1)
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
@@ -367,14 +369,11 @@ class Tokens(Backbone):
         _check_format(output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.blocks), indices)  # type: ignore[arg-type]
         hidden, order, grid = self.embed(x)
-        index = self.class_index(hidden.shape[1])
         residual, found = None, []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             hidden, residual = self._run(block, hidden, residual, order)
             if i in take:
-                # Not dropped: the next block draws for itself which samples lose this output.
-                y = add_residual(hidden, residual)
-                y = remove_token((self.norm(y) if norm else y).to(hidden.dtype), index)
+                y = self._patches(self._tap(i, hidden, residual, norm).to(hidden.dtype))
                 if output_fmt == "NCHW":
                     y = y.transpose(1, 2).reshape(y.shape[0], -1, *grid)
                 found.append(y)
@@ -392,7 +391,18 @@ class Tokens(Backbone):
             self.reset_classifier(0, "")
         return take
 
-    def _run(self, block: nn.Module, hidden: Tensor, residual: Tensor | None, order: Tensor) -> tuple[Tensor, Tensor]:
+    def _patches(self, x: Tensor) -> Tensor:
+        """The tokens without the class token, if there is one."""
+        index = self.class_index(x.shape[1])
+        return x if index is None else remove_token(x, index)
+
+    def _tap(self, i: int, hidden: Tensor, residual: Tensor, norm: bool) -> Tensor:
+        """What `forward_intermediates` gives for block `i`, which returned this pair."""
+        # Not dropped: the next block draws for itself which samples lose this output.
+        y = add_residual(hidden, residual)
+        return self.norm(y) if norm else y
+
+    def _run(self, block: nn.Module, hidden: Tensor, residual: Tensor | None, order: Any) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing:
             return checkpoint(block, hidden, residual, order)  # type: ignore[return-value]
         return block(hidden, residual, order)

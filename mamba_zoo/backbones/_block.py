@@ -105,13 +105,22 @@ class AddNormBlock(nn.Module):
         dim: Width.
         mixer: Takes `(x, order)`.
         drop_path: Rate at which a sample drops the incoming `hidden`, the previous mixer's output, in training.
+        norm: Makes the norm, given the width.
         device: Of the norm.
         dtype: Of the norm.
     """
 
-    def __init__(self, dim: int, mixer: nn.Module, drop_path: float = 0.0, device=None, dtype=None):
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        drop_path: float = 0.0,
+        norm: Callable[..., nn.Module] = RMSNorm,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
-        self.norm = RMSNorm(dim, device=device, dtype=dtype)
+        self.norm = norm(dim, device=device, dtype=dtype)
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

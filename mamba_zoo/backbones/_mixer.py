@@ -122,13 +122,13 @@ class SS2D(nn.Module):
         x, z = x.chunk(2, dim=-1) if self.gate else (x, None)
         # A channels-last map seen as (b, d, h, w) is what torch calls channels_last: nothing is copied on either side.
         u = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        if self.ssm is None:
-            y = u
-        else:
-            y = self.ssm(u.reshape(b, h * w, -1), order=scan_order(self.scan, (h, w), u.device), reduce="sum")
-            y = y.unflatten(1, (h, w))
+        y = u if self.ssm is None else self.visit(self.ssm, u.reshape(b, h * w, -1), (h, w)).unflatten(1, (h, w))
         y = self.out_norm(y).to(u.dtype)
         return self.out_proj(y if z is None else y * F.silu(z))
+
+    def visit(self, ssm: SelectiveSSM, u: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens `(b, l, inner)` of a grid `(h, w)` to what the directions of `scan` make of them together."""
+        return ssm(u, order=scan_order(self.scan, grid, u.device), reduce="sum")
 
 
 # torch.fx takes these whole: they look at shapes and dtypes. Not as decorators, which would hide their types.

@@ -12,7 +12,7 @@ from ._registry import (
     scan_order,
     unregister_scan,
 )
-from .compose import both_ways, first, join, reverse, transpose, with_token
+from .compose import both_ways, filled, first, join, reverse, transpose, with_token
 from .core import Scan
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "as_spec",
     "both_ways",
     "build_scan",
+    "filled",
     "first",
     "join",
     "list_scans",

@@ -1,4 +1,4 @@
-"""Scans made from scans: both ways, reversed, transposed, some directions only, joined, with a class token.
+"""Scans made from scans: both ways, reversed, transposed, some directions only, joined, with more tokens.
 
 Each takes and returns a `Scan`, and is usable inside a spec: `"both_ways(transpose(hilbert))"`.
 """
@@ -125,6 +125,24 @@ def with_token(scan: Scan, position: int | str = "middle") -> Scan:
     return _with(scan, torch.stack(rows), f"with_token({scan.name}, {position!r})", length=l + 1, extra=extra)
 
 
+def filled(scan: Scan) -> Scan:
+    """Give the empty steps tokens of their own, appended after the others; for padding that takes part in a model.
+
+    There are `max(m - l, 0)` of them, as many as a direction that visits all `l` tokens has empty steps; further empty
+    steps stay empty.
+
+    Example:
+        >>> filled(Scan(torch.tensor([[0, -1, 1, -1], [-1, -1, 1, 0]]), 2)).order.tolist()
+        [[0, 2, 1, 3], [2, 3, 1, 0]]
+    """
+    more = max(scan.m - scan.length, 0)
+    number = (scan.order < 0).cumsum(-1) - 1
+    order = torch.where((scan.order < 0) & (number < more), scan.length + number, scan.order)
+    length = scan.length + more
+    extra = (*scan.extra, *range(scan.length, length))
+    return _with(scan, order, f"filled({scan.name})", length=length, extra=extra)
+
+
 def _same(size: tuple[int, ...], *_: Any, **__: Any) -> tuple[int, ...]:
     return size
 
@@ -151,4 +169,5 @@ COMPOSITIONS = {
     "join": Composition(join, _same),
     "transpose": Composition(transpose, _before_transpose),
     "with_token": Composition(with_token, _same),
+    "filled": Composition(filled, _same),
 }

@@ -37,6 +37,19 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "videomamba_tiny_video",
         {"depth": 4, "dim": 48, "img_size": 64, "num_frames": 3, "scan": "hilbert_video"},
     ),
+    "efficientvmamba": ("efficient_vmamba_tiny", {"depths": (1, 1, 2), "dims": 24, "d_state": 4}),
+    "localvmamba": (
+        "local_vmamba_tiny",
+        {"depths": (1, 1, 1), "dims": 24, "d_state": 4, "directions": ("v", "w3", "w3_flip")},
+    ),
+    "localvim": (
+        "local_vim_tiny",
+        {"depth": 4, "dim": 48, "img_size": 64, "directions": ("h_flip", "w3"), "rms_norm": False, "out_norm": True},
+    ),
+    "localvim token": (
+        "local_vim_tiny_middle_cls_token",
+        {"depth": 4, "dim": 48, "img_size": 64, "d_state": 4, "directions": ("v_flip", "w3")},
+    ),
     "vim stride 8": ("vim_tiny_stride8", {"depth": 4, "dim": 48, "img_size": 64, "global_pool": "avg"}),
 }
 SIZE = 64
