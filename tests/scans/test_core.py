@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mamba_zoo.scans import Scan, both_ways, build_scan, first, join, reverse, transpose, with_token
+from mamba_zoo.scans import Scan, both_ways, build_scan, filled, first, join, reverse, transpose, with_token
 
 ROWS = Scan(torch.arange(6)[None], 6, size=(2, 3), name="rows")
 
@@ -130,6 +130,20 @@ def test_class_token_of_other_scans_comes_at_its_step():
     assert short.order.max() == 12
     assert build_scan("with_token(window(2), 4)", 3, 3).order.shape == (4, 17)
     assert build_scan("with_token(bidirectional, 0)", 1).order.tolist() == [[0, 1], [1, 0]]
+
+
+def test_empty_steps_filled_with_tokens_of_their_own():
+    scan = build_scan("filled(local(['h', 'w2', 'w2_flip']))", 3, 3)
+    assert (scan.m, scan.length, scan.size, scan.extra) == (16, 16, (3, 3), tuple(range(9, 16)))
+    assert not scan.padded
+    assert scan.order.sort().values.tolist() == [list(range(16))] * 3
+    empty = build_scan("local(['h', 'w2', 'w2_flip'])", 3, 3).order < 0
+    assert torch.equal(scan.order >= 9, empty)
+    token = build_scan("filled(with_token(window(2), 4))", 3, 3)
+    assert token.extra == (4, *range(10, 17))
+    assert torch.equal(filled(ROWS).order, ROWS.order)
+    parts = build_scan("filled(atrous)", 3, 3)
+    assert torch.equal(parts.order, build_scan("atrous", 3, 3).order)
 
 
 def test_two_class_tokens():
