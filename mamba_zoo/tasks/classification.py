@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -199,8 +200,6 @@ class ImageClassifier(LightningModule):
         """Start or continue the average of the weights."""
         if self.ema_decay is not None and not self._ema:
             self._make_ema()
-        for ema in self._ema:
-            ema.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         """Keep frozen parts in evaluation mode: their statistics must not move either."""
@@ -224,6 +223,12 @@ class ImageClassifier(LightningModule):
             self._make_ema()
             self._ema[0].module.load_state_dict(checkpoint["ema"])
             self._ema_step = int(checkpoint["global_step"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ImageClassifier:
+        """Moves and casts take the average along, which is no submodule: its keys would be saved twice."""
+        for ema in self._ema:
+            ema._apply(fn)
+        return super()._apply(fn, recurse)
 
     def _make_ema(self) -> None:
         from timm.utils.model_ema import ModelEmaV3

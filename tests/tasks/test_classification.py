@@ -191,16 +191,19 @@ def test_frozen_parts_do_not_move(freeze, tmp_path):
         assert torch.equal(trained[key], value) == frozen, key
 
 
-def test_folder_of_jpegs_trains_and_predicts(folder, tmp_path):
+@pytest.mark.parametrize("ema_decay", [None, 0.8])
+def test_folder_of_jpegs_trains_and_predicts(folder, tmp_path, device, ema_decay):
+    accelerator = "gpu" if device.type == "cuda" else "cpu"
     data = ImageData(str(folder), FAST, image_size=32, batch_size=8, train_crop="resized", hflip=0.5, color_jitter=0.1)
     assert data.classes == ["green", "red"]
     assert [len(data.split(s)) for s in ("train", "val", "test")] == [24, 8, 8]
-    result = train_once(FAST, data, tmp_path / "run", max_epochs=4, model={"lr": 3e-3, "ema_decay": None}, trainer=CPU)
+    model = {"lr": 3e-3, "ema_decay": ema_decay}
+    result = train_once(FAST, data, tmp_path / "run", max_epochs=4, model=model, trainer={"accelerator": accelerator})
     assert result["accuracy"] == 1.0
     model = ImageClassifier.from_checkpoint(tmp_path / "run" / "last.ckpt")
     assert model.class_names == ["green", "red"]
     files = [folder / "test" / name / file for name, file in (("red", "0.JPG"), ("green", "1.jpg"))]
-    probabilities = predict_files(model, files, device="cpu")
+    probabilities = predict_files(model, files, device=accelerator)
     assert probabilities.argmax(-1).tolist() == [1, 0]
     assert torch.allclose(probabilities.sum(-1), torch.ones(2))
 
