@@ -260,11 +260,11 @@ def vmamba_base_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
         drop_path=0.1,
         notes="Not published: for small images.",
     ),
-    **image_cfg("stem.conv1", "head.fc", size=32, pool_size=(4, 4), crop_pct=1.0),
+    **image_cfg("stem.conv1", "head.fc", size=32, pool_size=(8, 8), crop_pct=1.0),
 )
 def vmamba_mini(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """A small VMamba of our own for images of 8 to 64 pixels: patches of 2, three stages, 0.4 M parameters."""
-    args = {"depths": (2, 2, 2), "dims": 32, "mlp_ratio": 2.0, "patch_size": 2, **kwargs}
+    """A small VMamba of our own for images of 8 to 32 pixels: a token a pixel, three stages, 0.4 M parameters."""
+    args = {"depths": (2, 2, 2), "dims": 32, "mlp_ratio": 2.0, "patch_size": 1, **kwargs}
     return _build("vmamba_mini", pretrained, taps=(0, 1, 2), **args)
 
 
@@ -278,9 +278,9 @@ def vmamba_mini(pretrained: bool = False, **kwargs: Any) -> VMamba:
         drop_path=0.1,
         notes="Not published: for small images.",
     ),
-    **image_cfg("stem.conv1", "head.fc", size=32, pool_size=(4, 4), crop_pct=1.0),
+    **image_cfg("stem.conv1", "head.fc", size=32, pool_size=(8, 8), crop_pct=1.0),
 )
 def vmamba_midi(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """`vmamba_mini` at twice the width and more blocks, for training on tens of thousands of small images."""
-    args = {"depths": (2, 4, 2), "dims": 64, "patch_size": 2, **kwargs}
+    args = {"depths": (2, 4, 2), "dims": 64, "patch_size": 1, **kwargs}
     return _build("vmamba_midi", pretrained, taps=(0, 1, 2), **args)

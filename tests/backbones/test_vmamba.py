@@ -33,7 +33,7 @@ def test_has_the_published_number_of_parameters(name):
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("vmamba_mini", [(11, 14), (6, 7), (3, 4)]),  # 21 x 27 pixels in patches of 2, rounded up at every step
+        ("vmamba_mini", [(21, 27), (11, 14), (6, 7)]),  # 21 x 27 pixels, halved and rounded up twice
         ("vmamba_tiny_v0", [(5, 6), (3, 3), (2, 2)]),  # patches of 4, incomplete ones dropped; then rounded up
     ],
 )
