@@ -1,6 +1,7 @@
 """Time the selective scan on the anchors' shapes on a GPU: `python -m benchmarks.kernels [--backend B] [--out FILE]`.
 
-A time is printed only after the values and gradients of a slice of that very shape agreed with float64.
+A time is printed only after the values and gradients of a slice of that very shape agreed with float64. "fwd" and "f+b"
+are eager calls, host included, as the published implementations were timed; "graph" is a replayed CUDA graph of them.
 """
 
 from __future__ import annotations
@@ -94,6 +95,19 @@ def median_ms(run: Callable[[], Any]) -> float:
     return cast(float, do_bench(run, warmup=20, rep=80, return_mode="median"))
 
 
+def graph_ms(run: Callable[[], Any]) -> float:
+    """The same for a replayed CUDA graph of `run`: what the device takes, without the host."""
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run()
+    return median_ms(graph.replay)
+
+
 def measure(shape: Shape, dtype: str, backend: str, reduce: str | None, device: str, bandwidth: float) -> dict:
     """Median times in ms and extra memory of one shape."""
     problem = make_inputs(shape, DTYPES[dtype], device)
@@ -113,6 +127,7 @@ def measure(shape: Shape, dtype: str, backend: str, reduce: str | None, device: 
     for name, run in (("fwd", forward), ("fwdbwd", both)):
         samples = [median_ms(run) for _ in range(3)]
         times[name], times[name + "_spread"] = statistics.median(samples), max(samples) - min(samples)
+    device_fwd, device_both = graph_ms(forward), graph_ms(both)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -126,9 +141,10 @@ def measure(shape: Shape, dtype: str, backend: str, reduce: str | None, device: 
     return {
         "shape": shape.name, "dtype": dtype, "backend": backend, "reduce": reduce or "none",
         "fwd_ms": times["fwd"], "fwd_spread": times["fwd_spread"], "fwd_ratio": anchor_fwd / times["fwd"],
-        "fwd_floor": times["fwd"] / floor,
         "fwdbwd_ms": times["fwdbwd"], "fwdbwd_spread": times["fwdbwd_spread"],
         "fwdbwd_ratio": anchor_both / times["fwdbwd"],
+        "device_fwd_ms": device_fwd, "device_fwd_ratio": anchor_fwd / device_fwd, "device_floor": device_fwd / floor,
+        "device_fwdbwd_ms": device_both, "device_fwdbwd_ratio": anchor_both / device_both,
         "peak_mb": peak / 2**20, "extra_over_inputs": max(0, peak - kept) / given,
     }  # fmt: skip
 
@@ -136,37 +152,29 @@ def measure(shape: Shape, dtype: str, backend: str, reduce: str | None, device: 
 def report(rows: list[dict], console: Console, title: str) -> None:
     """A table, and the geometric means of the ratios."""
     table = Table(title=title)
-    for column in (
-        "shape",
-        "dtype",
-        "backend",
-        "fwd ms",
-        "x anchor",
-        "x floor",
-        "f+b ms",
-        "x anchor",
-        "peak MB",
-        "extra",
-    ):
+    columns = ("shape", "dtype", "backend", "fwd ms", "x anchor", "f+b ms", "x anchor")
+    for column in (*columns, "graph fwd", "x anchor", "x floor", "graph f+b", "x anchor", "peak MB", "extra"):
         table.add_column(column, justify="left" if column in ("shape", "dtype", "backend") else "right")
     for row in rows:
         if "wrong" in row:
             table.add_row(row["shape"], row["dtype"], row["backend"], f"[red]{row['wrong']}[/red]")
             continue
         table.add_row(
-            row["shape"], row["dtype"], row["backend"], f"{row['fwd_ms']:.4f}", f"{row['fwd_ratio']:.2f}",
-            f"{row['fwd_floor']:.2f}", f"{row['fwdbwd_ms']:.4f}", f"{row['fwdbwd_ratio']:.2f}",
+            row["shape"], row["dtype"], row["backend"],
+            f"{row['fwd_ms']:.4f}", f"{row['fwd_ratio']:.2f}", f"{row['fwdbwd_ms']:.4f}", f"{row['fwdbwd_ratio']:.2f}",
+            f"{row['device_fwd_ms']:.4f}", f"{row['device_fwd_ratio']:.2f}", f"{row['device_floor']:.2f}",
+            f"{row['device_fwdbwd_ms']:.4f}", f"{row['device_fwdbwd_ratio']:.2f}",
             f"{row['peak_mb']:.0f}", f"{row['extra_over_inputs']:.2f}",
         )  # fmt: skip
     console.print(table)
     for backend in dict.fromkeys(row["backend"] for row in rows):
         good = [row for row in rows if row["backend"] == backend and "wrong" not in row]
         if good:
-            means = [
-                math.exp(statistics.fmean(math.log(row[key]) for row in good)) for key in ("fwd_ratio", "fwdbwd_ratio")
-            ]
+            mean = {
+                key: math.exp(statistics.fmean(math.log(row[key]) for row in good)) for key in good[0] if "ratio" in key
+            }
             console.print(
-                f"{backend}: geometric mean over {len(good)} rows: forward {means[0]:.2f}x, f+b {means[1]:.2f}x"
+                f"{backend}, geometric means of {len(good)} rows: {', '.join(f'{k} {v:.2f}x' for k, v in mean.items())}"
             )
 
 
@@ -181,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device; on a CPU run python -m benchmarks.kernels_cpu")
-    console = Console(width=130)
+    console = Console(width=150)
     bandwidth = copy_bandwidth("cuda")
     rows = []
     for shape in scan_shapes():
