@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import platform
 import statistics
 import sys
@@ -36,6 +35,7 @@ SCANS = {
 }
 CONVS = ((1, 2, 384, 4, 197), (8, 2, 384, 4, 197))  # b, k, d, w, l: Vim
 TOLERANCE = 1e-5
+OUT = Path(__file__).parent / "results" / "kernels_cpu.csv"
 
 
 def scan_problem(b: int, k: int, d: int, n: int, l: int) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shape", nargs="+", type=int, help="rows of the table to measure, from 0; all by default")
     parser.add_argument("--seconds", type=float, default=4.0, help="per measurement")
-    parser.add_argument("--out", type=Path, help="CSV file; benchmarks/results/cpu_<date>.csv by default")
+    parser.add_argument("--out", type=Path, default=OUT, help="CSV file; benchmarks/results/kernels_cpu.csv by default")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor time, not wall time: for a busy machine, with 1 thread"
     )
@@ -211,9 +211,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"numba {numba.__version__}, python {platform.python_version()}"
     )
     report(rows, Console(width=130), where)
-    out = options.out or Path(__file__).parent / "results" / f"cpu_{datetime.date.today():%Y-%m-%d}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as file:
         file.write(f"# {where}; python -m benchmarks.kernels_cpu {' '.join(sys.argv[1:])}\n")
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()

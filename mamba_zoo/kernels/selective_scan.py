@@ -90,8 +90,10 @@ def selective_scan(
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r} is unknown; choose one of {REDUCTIONS}")
     exact = torch.float64 if u.dtype == torch.float64 else torch.float32
-    A = A.to(exact)
-    D, dt_bias, initial_state = (x if x is None else x.to(exact) for x in (D, dt_bias, initial_state))
+    A = A if A.dtype == exact else A.to(exact)  # even a conversion that changes nothing is a call into torch
+    D, dt_bias, initial_state = (
+        x if x is None or x.dtype == exact else x.to(exact) for x in (D, dt_bias, initial_state)
+    )
     table, complete = prepare_order(order, b, l, k, u.device)
     offsets = None
     if cu_seqlens is not None:
@@ -176,9 +178,8 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     s = ScanArgs(u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state, dt_softplus, reduce, complete, out_dtype)
     y, final, saved = implementation(backend, "selective_scan").forward(s, save, want_final)
-    nothing = A.new_empty(0)
-    # An op may not return the same tensor twice, hence the clone.
-    return y, nothing if final is None else final, nothing.clone() if saved is None else saved
+    # An op may not return the same tensor twice, hence two empty ones.
+    return y, A.new_empty(0) if final is None else final, A.new_empty(0) if saved is None else saved
 
 
 def _fake_forward(

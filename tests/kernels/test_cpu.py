@@ -33,9 +33,10 @@ def conv_gradients(seed: int) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, torch.randn_like(y))]
 
 
+@pytest.mark.parametrize("n", [5, 1])
 @pytest.mark.parametrize("reduce", [None, "sum"])
-def test_any_number_of_threads_gives_the_same_bits(threads, reduce):
-    problem = make_problem(b=3, l=70, k=3, d=150, n=5, reduce=reduce, state=True)
+def test_any_number_of_threads_gives_the_same_bits(threads, reduce, n):
+    problem = make_problem(b=3, l=70, k=3, d=150, n=n, reduce=reduce, state=True)
     results = []
     seeds = None
     for count in (1, 2, 5):
@@ -96,6 +97,16 @@ def test_channels_that_do_not_fill_a_vector(d):
     want = selective_scan(**problem, backend="reference")
     problem["u"] = u
     assert relative_error(selective_scan(**problem, backend="cpu"), want) < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 8], ids=["two vectors an item", "one vector an item"])
+@pytest.mark.parametrize("d", [70, 16, 96])
+def test_one_state_takes_its_own_loop(threads, count, d):
+    threads(count)  # few threads get work items of two vectors
+    order = random_order(2, 70, m=60, empty=7)
+    for reduce in (None, "mean"):
+        assert_agrees(make_problem(l=70, d=d, n=1, order=order, state=True, reduce=reduce), "cpu")
+    assert_agrees(make_problem(b=1, d=d, n=1, sequences=(40, 1, 29), state=True, z=None), "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

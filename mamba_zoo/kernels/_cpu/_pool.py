@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, cached_property
@@ -25,6 +27,9 @@ _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 _pool_owner = 0
 _first_process = os.getpid()
+_kept = threading.local()  # of each calling thread: its memory for records and scratch, from call to call
+_KEPT_BYTES = 1 << 20  # more than this is given back
+_PADDING = (0,) * 6  # to the end of the cache line of the two counters
 
 
 @njit
@@ -45,8 +50,11 @@ class Kernel:
 
     def __init__(self, function: Callable[[Any], None], fields: Sequence[str]):
         self.function, self.fields = function, tuple(fields)
-        own = ("counter", "items", "scratch", "stride")
-        self.record = np.dtype([(name, np.int64) for name in (*own, *fields)])
+        names = ("counter", "items", "scratch", "stride", *fields)
+        self.record = np.dtype([(name, np.int64) for name in names])
+        # In memory: items and threads so far, the record, then scratch, all on cache lines of their own.
+        self.packed = struct.Struct(f"{8 + len(names)}q")
+        self.scratch_at = -(-self.packed.size // 64) * 64
         self.compiled: Any = None
 
     @cached_property
@@ -64,20 +72,36 @@ class Kernel:
 
     def __call__(self, items: int, scratch_floats: int, **fields: int) -> None:
         """Run all items. `scratch_floats` float32 of scratch memory are given to each thread."""
-        counters = np.zeros(2, dtype=np.int64)  # items and threads so far
         threads = max(1, min(torch.get_num_threads(), items))
         # 64-byte alignment for whole cache lines; stride keeps the threads' memory apart.
         stride = -(-scratch_floats // 16) * 64 + 128
-        memory = np.empty(threads * stride + 64, dtype=np.uint8)
-        scratch = -(-memory.ctypes.data // 64) * 64
-        values = (counters.ctypes.data, items, scratch, stride, *(fields[name] for name in self.fields))
-        record = np.array(values, dtype=np.int64)
+        memory, start, address = _memory(self.scratch_at + threads * stride)
+        record, scratch = address + 64, address + self.scratch_at
+        values = map(fields.__getitem__, self.fields)
+        self.packed.pack_into(memory, start, 0, 0, *_PADDING, address, items, scratch, stride, *values)
         if threads == 1:
-            self.entry(record.ctypes.data)
+            self.entry(record)
         elif (parallel := _gnu_openmp()) is not None and os.getpid() == _first_process:
-            parallel(self.entry, record.ctypes.data, threads, 0)
+            parallel(self.entry, record, threads, 0)
         else:
-            _run_in_pool(self.entry, record.ctypes.data, threads)
+            _run_in_pool(self.entry, record, threads)
+
+
+def _memory(size: int) -> tuple[memoryview, int, int]:
+    """At least `size` bytes of this calling thread: a buffer, where in it they begin (64-byte aligned), their address.
+
+    An op cannot be called from within itself, so one piece a thread is enough; making one takes longer than small
+    scans take to pack their arguments.
+    """
+    kept = getattr(_kept, "memory", None)
+    if kept is not None and len(kept[0]) >= size + 64:
+        return kept
+    memory = np.empty(size + 64, dtype=np.uint8)
+    address = -(-memory.ctypes.data // 64) * 64
+    made = memory.data, address - memory.ctypes.data, address
+    if size <= _KEPT_BYTES:
+        _kept.memory = made
+    return made
 
 
 @cache

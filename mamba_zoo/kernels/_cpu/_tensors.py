@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,9 @@ def token_rows(x: Tensor) -> Tensor:
 
 def plain(x: Tensor | None) -> Tensor | None:
     """`x` in float32, contiguous."""
-    return None if x is None else x.float().contiguous()
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.float().contiguous()
 
 
 def address(x: Tensor | None) -> int:
@@ -26,9 +30,20 @@ def address(x: Tensor | None) -> int:
 def rows(name: str, x: Tensor | None) -> dict[str, int]:
     """Address and strides in bytes of float32 `(b, l, c)` or `(b, l, k, c)`; without directions their stride is 0."""
     if x is None:
-        return {name: 0, f"{name}_b": 0, f"{name}_l": 0, f"{name}_k": 0}
+        return dict.fromkeys(_fields(name), 0)
     b, l, *k = x.stride()
-    return {name: x.data_ptr(), f"{name}_b": 4 * b, f"{name}_l": 4 * l, f"{name}_k": 4 * k[0] if len(k) == 2 else 0}
+    return dict(zip(_fields(name), (x.data_ptr(), 4 * b, 4 * l, 4 * k[0] if len(k) == 2 else 0), strict=True))
+
+
+@cache
+def _fields(name: str) -> tuple[str, ...]:
+    return name, f"{name}_b", f"{name}_l", f"{name}_k"
+
+
+@cache
+def zero_row(n: int) -> Tensor:
+    """`n` float32 zeros, to read and never to write: B and C of an empty step."""
+    return torch.zeros(n)
 
 
 def visits(order: Tensor) -> dict[str, int]:
