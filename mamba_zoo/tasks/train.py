@@ -81,6 +81,7 @@ def train_once(
         )
         cuda = runner.strategy.root_device.type == "cuda"
         if cuda:
+            torch.cuda.init()  # the counters do not exist before
             torch.cuda.reset_peak_memory_stats(runner.strategy.root_device)
         data.seed_order(seed)
         last = out / "last.ckpt"

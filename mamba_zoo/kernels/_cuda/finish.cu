@@ -64,16 +64,20 @@ struct Jobs {
 template <typename From, typename To, int W> DEVICE void run(const Job& job, float (*shared)[256]) {
   const int columns = 256 / job.split, part = threadIdx.x / columns;
   const long long i = ((long long)(blockIdx.x - job.first_block) * columns + threadIdx.x % columns) * W;
-  float x[W];
+  float x[W], lost[W];  // Kahan's sum: tens of thousands of rows of either sign cancel to a small gradient
 #pragma unroll
-  for (int w = 0; w < W; w++) x[w] = 0.0f;
+  for (int w = 0; w < W; w++) x[w] = lost[w] = 0.0f;
   if (i < job.total) {
     const char* from = job.from + (i / job.inner * job.count * job.inner + i % job.inner) * From::BYTES;
 #pragma unroll 4
     for (int r = part; r < job.count; r += job.split) {
       Pack<From, W> y = load<From, W>(from + r * job.inner * From::BYTES);
 #pragma unroll
-      for (int w = 0; w < W; w++) x[w] += y.at(w);
+      for (int w = 0; w < W; w++) {
+        const float term = y.at(w) - lost[w], sum = x[w] + term;
+        lost[w] = (sum - x[w]) - term;
+        x[w] = sum;
+      }
     }
   }
   if (W == 1 && job.split > 1) {
