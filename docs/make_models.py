@@ -8,10 +8,10 @@ import mamba_zoo
 
 PAGE = Path(__file__).parent / "models.md"
 HEAD = """# Models
-Written by `make docs` from the models' cards. Parameters, multiply-adds and accuracies are those that the authors state;
-`mamba-zoo info NAME --count` counts them here. "weights" are published by the authors: `pretrained=True` downloads them
-from the address on the card, `checkpoint_path=` takes a file. `*_mini` and `*_midi` are small models of our own, without
-weights. `list_models(commercial=True)` leaves out weights under non-commercial licences.
+Written by `make docs` from the models' cards. Parameters, multiply-adds and accuracies are those that the authors
+state; `mamba-zoo info NAME --count` counts them here. "weights" are published by the authors: `pretrained=True`
+downloads them from the address on the card, `checkpoint_path=` takes a file. `*_mini` and `*_midi` are small models of
+our own, without weights. `list_models(commercial=True)` leaves out weights under non-commercial licences.
 """
 COLUMNS = ("model", "modality", "parameters", "multiply-adds", "ImageNet-1k top-1", "weights", "licence", "paper")
 
