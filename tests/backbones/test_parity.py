@@ -7,7 +7,6 @@ by one entry in `FAMILIES`, which turns published constructor arguments into our
 """
 
 import argparse
-import copy
 import gzip
 import json
 import os
@@ -31,6 +30,9 @@ from . import synth
 ROOT = Path(os.environ.get("MAMBA_ZOO_PARITY") or Path(__file__).parent / "fixtures")
 FIXTURES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.json.gz"))
 TOLERANCE, PROBE_TOLERANCE = 2e-5, 1e-4
+# LocalVim's probe multiplies what is rounded in its first layer by several hundred until the logits: the recorded
+# float32 run is itself 1.6e-4 from our float64 run of it, so that 1e-4 is met by chance (0.9e-4 to 1.8e-4, measured).
+PROBE_TOLERANCES = {"local_vim_tiny": 2e-4}
 
 Arguments = dict[str, Any]
 
@@ -302,13 +304,10 @@ def test_computes_what_was_published(name: str, tmp_path: Path) -> None:
         with torch.inference_mode():
             outputs = family.run(model, inputs, fixture)
         expected = fixture["outputs"] if probe is None else probe["outputs"]
-        tolerance = TOLERANCE if probe is None else PROBE_TOLERANCE
-        found = {key: synth.relative_error(outputs[key].numpy(), summary) for key, summary in expected.items()}
-        floor = dict.fromkeys(found, 0.0)
-        if probe is not None and max(found.values()) >= tolerance:
-            floor = rounding(model, outputs, lambda m, x: family.run(m, x, fixture), inputs)
-        for key, error in found.items():
-            errors[f"{'' if probe is None else f'probe {i}: '}{key}"] = (error, max(tolerance, floor[key]))
+        tolerance = TOLERANCE if probe is None else PROBE_TOLERANCES.get(fixture["model"], PROBE_TOLERANCE)
+        for key, summary in expected.items():
+            error = synth.relative_error(outputs[key].numpy(), summary)
+            errors[f"{'' if probe is None else f'probe {i}: '}{key}"] = (error, tolerance)
     wrong = {key: f"{error:.1e}" for key, (error, tolerance) in errors.items() if not error < tolerance}
     assert not wrong, f"relative errors too large: {wrong}"
 
@@ -325,16 +324,6 @@ def amplified(state: dict[str, Tensor], probe: dict[str, Any]) -> dict[str, Tens
         new[key] = value * factor if factor != 1.0 else value
     assert any(new[key] is not state[key] for key in state), "the probe changes no weight"
     return new
-
-
-def rounding(model: Any, outputs: dict[str, Tensor], run: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
-    """How far float32 has carried our outputs from those in float64; the published run, also float32, is no nearer.
-
-    The probe of LocalVim multiplies what is rounded in its first layer by several hundred until the logits.
-    """
-    with torch.inference_mode():
-        exact = run(copy.deepcopy(model).double(), {key: value.double() for key, value in inputs.items()})
-    return {key: float(torch.linalg.vector_norm(y - exact[key]) / exact[key].norm()) for key, y in outputs.items()}
 
 
 def check_orders(tables: dict[str, Any]) -> None:
