@@ -69,7 +69,7 @@ def test_list_and_info(capsys):
         (["fit", "--model.name", "vmamba_mino"], "did you mean 'vmamba_mini'"),
         (["fit", "--model.name", "test_vit"], "smaller than its patch of 16 pixels"),
         (["fit", "--model.name", "vmamba_mini", "--model.scan", "no_such_scan"], "no_such_scan"),
-        (["test", "--checkpoint", "nowhere"], "no checkpoint nowhere"),
+        (["test", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
         (["export"], "give the name of a model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 from timm.models import PretrainedCfg, build_model_with_cfg, is_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from ._checkpoint_file import read_checkpoint, save_checkpoint
+from ._checkpoint_file import read_checkpoint
 from ._download import published_file
 from ._identify import FilterFn, blueprint, filter_of, identify, published_cfg, renamed
 from ._match import Match, match, unwrap, variants
 
-__all__ = ["build_with_weights", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
+__all__ = ["build_with_weights", "load_checkpoint", "read_checkpoint"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Checkpoint files: reading them without running what is in them, writing them so that a good file is never damaged."""
+"""Checkpoint files, read without running what is in them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import threading
-import uuid
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -135,33 +134,3 @@ def _read_torch(path: Path, mmap: bool) -> Any:
 def _first(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:160]
-
-
-def save_checkpoint(obj: object, path: str | os.PathLike[str]) -> None:
-    """`torch.save` in one step: afterwards the file is the new one, or, if anything failed, still the old one.
-
-    The object goes to a new file in the same folder, reaches the disk, and then takes the name. A full disk, Ctrl-C or
-    a killed process therefore never leaves half a checkpoint under `path`.
-
-    Args:
-        obj: What to save; anything `torch.save` takes.
-        path: The file; its folder is made if it does not exist.
-
-    Raises:
-        OSError: the folder cannot be written to, or the disk is full.
-    """
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError) or "write" in str(error):
-            raise OSError(f"{path} could not be written ({_first(error)}); the disk may be full") from error
-        raise
-    finally:
-        part.unlink(missing_ok=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from ..backbones._checkpoint_file import read_checkpoint as read_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -51,19 +52,11 @@ def write_atomically(path: Path, write: Any) -> None:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """The contents of a checkpoint written by `mamba-zoo fit`, on the CPU.
+    """The contents of a checkpoint written by `mamba-zoo fit`, on the CPU, or of the best one in the folder of a run.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or holds more than tensors and plain values.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        path = path / "best.ckpt"
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is no checkpoint of mamba-zoo fit, or is damaged: {reason}") from error
+    return read_file(path / "best.ckpt" if path.is_dir() else path)

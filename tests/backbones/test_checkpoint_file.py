@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import errno
 import os
 import pickle
 import sys
@@ -15,7 +14,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from mamba_zoo.backbones._checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from mamba_zoo.backbones._checkpoint import load_checkpoint, read_checkpoint
 
 from .toy import assert_holds, create
 
@@ -155,46 +154,3 @@ def test_a_file_that_is_no_checkpoint_gives_one_error(message, weights, tmp_path
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*none\.pth"):
         create("toy_small", tmp_path / "none.pth")
-
-
-def test_saving_makes_the_folder_and_replaces_the_file(tmp_path):
-    path = tmp_path / "new" / "w.pt"
-    for value in (1, 2):
-        save_checkpoint({"w": torch.full((2,), value)}, path)
-        assert torch.load(path)["w"].tolist() == [value, value]
-    assert os.listdir(path.parent) == ["w.pt"]
-
-
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("step", ["save", "fsync", "replace"])
-def test_a_failed_save_leaves_the_old_file(step, failure, tmp_path, monkeypatch):
-    path = tmp_path / "w.pt"
-    save_checkpoint({"w": torch.ones(2)}, path)
-
-    def fail(obj, file=None):
-        if file is not None and step == "save":
-            file.write(b"half")
-        raise failure
-
-    monkeypatch.setattr(*{"save": (torch, "save"), "fsync": (os, "fsync"), "replace": (os, "replace")}[step], fail)
-    with pytest.raises(type(failure)):
-        save_checkpoint({"w": torch.zeros(2)}, path)
-    monkeypatch.undo()
-    assert os.listdir(tmp_path) == ["w.pt"]
-    assert torch.load(path)["w"].tolist() == [1, 1]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
-    path = tmp_path / "w.pt"
-    save_checkpoint({"w": torch.ones(2)}, path)
-    real = type(path).open
-
-    def full(self, *args, **kwargs):
-        return open("/dev/full", "wb", buffering=0) if self.name.endswith(".part") else real(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(path), "open", full)
-    with pytest.raises(OSError, match=r"space|disk"):
-        save_checkpoint({"w": torch.zeros(1000)}, path)
-    monkeypatch.undo()
-    assert torch.load(path)["w"].tolist() == [1, 1]

@@ -338,7 +338,7 @@ def test_a_checkpoint_never_runs_code(tmp_path):
             return (print, ("executed",))
 
     torch.save({"state_dict": {}, "hyper_parameters": Attack()}, tmp_path / "bad.ckpt")
-    with pytest.raises(ValueError, match="no checkpoint of mamba-zoo fit"):
+    with pytest.raises(ValueError, match="Checkpoints never execute code"):
         ImageClassifier.from_checkpoint(tmp_path / "bad.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "bad.ckpt").read_bytes()[:100])
     with pytest.raises(ValueError, match="damaged"):
