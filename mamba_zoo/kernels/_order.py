@@ -35,19 +35,24 @@ def prepare_order(order: Tensor | None, b: int, l: int, k: int, device: torch.de
             f"order has shape {tuple(order.shape)}, but dt has {k} directions and u {b} samples; "
             f"give ({k}, m) or ({b}, {k}, m)"
         )
-    if torch.compiler.is_compiling() or order.is_meta or _is_fake(order) or _capturing(device):
-        table = order.to(device=device, dtype=torch.int32)
-        return (table if table.dim() == 3 else table[None]).contiguous(), False
+    if torch.compiler.is_compiling() or order.is_meta or _is_fake(order):
+        return _unchecked(order, device), False
     known = _checked.get(order)
     if known is None:
         known = _checked[order] = {}
     entry = known.get((device, l))
     if entry is None or entry[0] != order._version:
+        if _capturing(device):
+            return _unchecked(order, device), False
         complete = _check_values(order, l)
-        table = order.detach().to(device=device, dtype=torch.int32)
-        entry = (order._version, (table if table.dim() == 3 else table[None]).contiguous(), complete)
+        entry = (order._version, _unchecked(order.detach(), device), complete)
         known[device, l] = entry
     return entry[1], entry[2]
+
+
+def _unchecked(order: Tensor, device: torch.device) -> Tensor:
+    table = order.to(device=device, dtype=torch.int32)
+    return (table if table.dim() == 3 else table[None]).contiguous()
 
 
 def pack_order(table: Tensor, cu_seqlens: Tensor, l: int) -> tuple[Tensor, Tensor]:
