@@ -103,7 +103,7 @@ class AddNormBlock(nn.Module):
 
     Args:
         dim: Width.
-        mixer: Takes `(x, order)`.
+        mixer: Takes `(x, order)`, or `(x, order, cu_seqlens)` if its batches are packed.
         drop_path: Rate at which a sample drops the incoming `hidden`, the previous mixer's output, in training.
         norm: Makes the norm, given the width.
         device: Of the norm.
@@ -124,10 +124,16 @@ class AddNormBlock(nn.Module):
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, hidden: Tensor, residual: Tensor | None, order: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`(hidden, residual)`, both `(b, l, dim)`, to the next pair; no residual before the first block."""
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, order: Tensor | tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """`(hidden, residual)`, both `(b, l, dim)`, to the next pair; no residual before the first block.
+
+        `order` of a packed batch is the pair `(order, cu_seqlens)`.
+        """
         residual = add_residual(self.drop_path(hidden), residual)
-        return self.mixer(self.norm(residual).to(hidden.dtype), order), residual
+        visits = order if isinstance(order, tuple) else (order,)
+        return self.mixer(self.norm(residual).to(hidden.dtype), *visits), residual
 
 
 def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:

@@ -65,14 +65,18 @@ class Mamba(nn.Module):
         self.ssm = SelectiveSSM(inner, d_state, resolve_dt_rank(dt_rank, dim), k, **dd) if ssm else None
         self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
 
-    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
-        """Tokens `(b, l, dim)`, visited by `order` `(k, m)` or `(b, k, m)`, to `(b, l, dim)`."""
+    def forward(self, x: Tensor, order: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Tokens `(b, l, dim)`, visited by `order` `(k, m)` or `(b, k, m)`, to `(b, l, dim)`.
+
+        `cu_seqlens (s + 1,)` are the token boundaries of sequences packed into one sample (b = 1), each mixed as if it
+        were alone.
+        """
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self.conv(x, order)
+        u = self.conv(x, order, cu_seqlens)
         if self.ssm is None:
             y = (u.sum(2) if self.reduce == "sum" else u.mean(2)) * F.silu(z)
         else:
-            y = self.ssm(u, z, order, self.reduce)
+            y = self.ssm(u, z, order, self.reduce, cu_seqlens)
         return self.out_proj(y.to(u.dtype))
 
 

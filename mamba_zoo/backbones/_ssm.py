@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import causal_conv1d, selective_scan
+from ..kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 from ..scans import Scan, ScanLike, as_spec, build_scan
 from ._init import init_decay_, init_step_bias_, init_uniform_
 
@@ -70,9 +70,9 @@ class CausalConv1d(nn.Module):
         if self.bias is not None:
             init_uniform_(self.bias, width)
 
-    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, order: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Tokens `(b, l, d)` or `(b, l, k, d)` to `(b, l, k, d)`, each direction along its row of `order`."""
-        return causal_conv1d(x, self.weight, self.bias, order, activation="silu")
+        return causal_conv1d(x, self.weight, self.bias, order, activation="silu", cu_seqlens=cu_seqlens)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -113,7 +113,12 @@ class SelectiveSSM(nn.Module):
         init_decay_(self.A_log)
 
     def forward(
-        self, u: Tensor, z: Tensor | None = None, order: Tensor | None = None, reduce: str | None = None
+        self,
+        u: Tensor,
+        z: Tensor | None = None,
+        order: Tensor | None = None,
+        reduce: str | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Scan the tokens along every direction.
 
@@ -122,6 +127,7 @@ class SelectiveSSM(nn.Module):
             z: Gate `(b, l, d)` or `(b, l, k, d)` before its SiLU.
             order: `(k, m)` or `(b, k, m)` visiting order; None is 0..l-1.
             reduce: None, "sum" or "mean" over directions.
+            cu_seqlens: `(s + 1,)` token boundaries of packed sequences, as for `kernels.selective_scan`.
 
         Returns:
             `(b, l, k, d)`, or `(b, l, d)` with `reduce`; float32 when the tokens are float16, whose sums over
@@ -131,7 +137,7 @@ class SelectiveSSM(nn.Module):
         return selective_scan(
             u,
             self.dt_proj(dt),
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            self.decay(),
             B,
             C,
             self.D,
@@ -142,6 +148,43 @@ class SelectiveSSM(nn.Module):
             reduce=reduce,
             out_dtype=torch.float32 if B.dtype == torch.float16 else None,
         )
+
+    def decay(self) -> Tensor:
+        """The decay rates A `(k, d, n)`, negative, in float32 at least."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def extend(self, u: Tensor, state: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The next tokens of a stream, in their own order in every direction.
+
+        Args:
+            u: Tokens `(b, l, d)` or `(b, l, k, d)`.
+            state: `(b, k, d, n)` after the tokens before; zeros at the start.
+            z: Gate, as for `forward`.
+
+        Returns:
+            `(b, l, k, d)` and the new state.
+        """
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return selective_scan(
+            u,
+            self.dt_proj(dt),
+            self.decay(),
+            B,
+            C,
+            self.D,
+            z,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            initial_state=state,
+            return_final_state=True,
+            out_dtype=torch.float32 if B.dtype == torch.float16 else None,
+        )
+
+    def step(self, u: Tensor, state: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`extend` for one token: `u` and `z` `(b, d)` or `(b, k, d)` to `(b, k, d)` and the new state."""
+        dt, B, C = self.x_proj(u[:, None])[:, 0].split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = self.dt_proj(dt[:, None])[:, 0]
+        return selective_scan_step(state, u, dt, self.decay(), B, C, self.D, z, self.dt_bias, dt_softplus=True)
 
 
 def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
