@@ -1,6 +1,6 @@
 """The orders in which tokens are visited: named, composed, or a user's own; the same tables for every model."""
 
-from . import curve, grid, volume  # noqa: F401 - registers their scans
+from . import curve, grid, series, volume  # noqa: F401 - registers their scans
 from ._registry import (
     SCANS,
     ScanEntry,
@@ -14,6 +14,7 @@ from ._registry import (
 )
 from .compose import both_ways, filled, first, join, reverse, transpose, with_token
 from .core import Scan
+from .series import correlation_scan, permuted_spec, resolve_data_scan
 
 __all__ = [
     "SCANS",
@@ -23,11 +24,14 @@ __all__ = [
     "as_spec",
     "both_ways",
     "build_scan",
+    "correlation_scan",
     "filled",
     "first",
     "join",
     "list_scans",
+    "permuted_spec",
     "register_scan",
+    "resolve_data_scan",
     "reverse",
     "scan_order",
     "transpose",
