@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
+from ._sample import GRID_SAMPLES, SAMPLE_ORDERS, SampleOrder, Samples, sample_entry
 from .compose import COMPOSITIONS
 from .core import Scan, check_coverage
 
@@ -68,13 +69,10 @@ def register_scan(
         [[2, 1, 0], [0, 1, 2]]
         >>> unregister_scan("backwards_rows")
     """
-    if not name.isidentifier() or name.startswith("_"):
-        raise ValueError(f"scan name {name!r} must be a Python identifier without a leading underscore")
+    _check_identifier(name)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        known = SCANS.get(name)
-        if name in COMPOSITIONS or (known and not replace and _origin(known.function) != _origin(function)):
-            raise ValueError(f"the scan name {name!r} is taken; choose another, or pass replace=True to take it over")
+        _check_name(name, function, SCANS, replace)
         SCANS[name] = _entry(function, (modality,) if isinstance(modality, str) else tuple(modality))
         _forget_tables()
         return function
@@ -82,11 +80,41 @@ def register_scan(
     return register
 
 
+def register_sample_order(
+    name: str, modality: str, replace: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: give an order that follows from the data of samples a name, usable in specs like a scan of a grid.
+
+    The function takes the data of several samples packed into one list of tokens (for graphs: `scans.Graphs`), and
+    options with defaults. It returns token indices `(k, l)` or `(l,)` over that list, each sample's tokens among those
+    of the others in any way: the kernels keep samples apart.
+
+    Args:
+        name: A Python identifier that does not start with an underscore.
+        modality: Whose samples it takes, such as "graph".
+        replace: Take over a name that is taken. A function defined again in the same place may always do so.
+
+    Raises:
+        ValueError: the name is taken or is no identifier.
+        TypeError: the function takes something else.
+    """
+    _check_identifier(name)
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _check_name(name, function, SAMPLE_ORDERS, replace)
+        SAMPLE_ORDERS[name] = sample_entry(function, modality)
+        _forget_tables()
+        return function
+
+    return register
+
+
 def unregister_scan(name: str) -> None:
-    """Remove a registered scan and forget its tables."""
-    if name not in SCANS:
+    """Remove a registered scan, or an order of samples, and forget its tables."""
+    if name not in SCANS and name not in SAMPLE_ORDERS:
         raise ValueError(_unknown(name, name))
-    del SCANS[name]
+    SCANS.pop(name, None)
+    SAMPLE_ORDERS.pop(name, None)
     _forget_tables()
 
 
@@ -95,13 +123,11 @@ def list_scans(filter: str = "*", modality: str | None = None) -> list[str]:
 
     Args:
         filter: With `*` and `?` as wildcards.
-        modality: Only scans made for it; None lists all.
+        modality: Only scans made for it, orders of its samples included; None lists all scans of grids.
     """
-    return sorted(
-        name
-        for name, entry in SCANS.items()
-        if fnmatch.fnmatch(name, filter) and (modality is None or modality in entry.modality)
-    )
+    scans = [name for name, entry in SCANS.items() if modality is None or modality in entry.modality]
+    orders = [name for name, entry in SAMPLE_ORDERS.items() if modality == entry.modality]
+    return sorted(name for name in (*scans, *orders) if fnmatch.fnmatch(name, filter))
 
 
 def as_spec(scan: ScanLike) -> str:
@@ -156,6 +182,31 @@ def build_scan(spec: ScanLike, *size: int, device: torch.device | str = "cpu") -
     scan = _build(as_spec(spec), tuple(map(operator.index, size)))
     with _plain():
         return replace(scan, order=scan.order.clone()).to(device)
+
+
+def sample_scan(spec: str, samples: Samples) -> Scan:
+    """The scan that `spec` stands for, over samples packed into one list of tokens.
+
+    Orders of samples are computed from their data; scans of grids take each sample as a line of tokens as they are
+    stored. Nothing is cached.
+
+    Args:
+        spec: From `as_spec`.
+        samples: All samples at once.
+
+    Raises:
+        ValueError: a spec that needs a grid or samples of another modality, or an order that is not sound.
+    """
+    tree = _parse(spec)
+    with _plain():
+        scan = replace(_resolve(tree, spec)(samples), name=ast.unparse(tree))
+        if scan.length != samples[0]:
+            raise ValueError(
+                f"scan={spec!r} makes {scan.length} tokens of {samples[0]}; packed samples keep theirs, so that "
+                "with_token and filled cannot be used"
+            )
+        check_coverage(scan)
+    return scan
 
 
 def scan_order(spec: str, size: tuple[int, ...], device: torch.device | str) -> Tensor:
@@ -257,10 +308,12 @@ def _resolve(node: ast.expr, spec: str) -> Callable[[tuple[int, ...]], Scan]:
 
         def compose(size: tuple[int, ...]) -> Scan:
             inside = composition.inner_size(size, *values, **options)
+            if isinstance(size, Samples) and inside is not size:
+                raise ValueError(f"scan={spec!r}: {name} needs a grid, and samples have none")
             return composition.function(*(build(inside) for build in inner), *values, **options)
 
         return compose
-    entry = SCANS.get(name) or _anonymous.get(name)
+    entry = SCANS.get(name) or SAMPLE_ORDERS.get(name) or _anonymous.get(name)
     if entry is None:
         raise ValueError(_unknown(name, spec))
     values = [_literal(a, spec) for a in arguments]
@@ -268,10 +321,23 @@ def _resolve(node: ast.expr, spec: str) -> Callable[[tuple[int, ...]], Scan]:
     if len(values) > len(entry.options) or set(options) - set(entry.options) or set(named) & set(options):
         takes = f"takes ({', '.join(entry.options)})" if entry.options else "takes no options"
         raise ValueError(f"scan={spec!r}: {name} {takes} after the grid size")
-    return lambda size: _call(name, entry, size, {**named, **options})
+    settings = {**named, **options}
+    if isinstance(entry, SampleOrder):
+        return lambda size: _order_samples(name, entry, size, settings)
+    return lambda size: _call(name, entry, size, settings)
+
+
+def _order_samples(name: str, entry: SampleOrder, size: tuple[int, ...], options: dict[str, Any]) -> Scan:
+    if isinstance(size, Samples):
+        if size.modality != entry.modality:
+            raise ValueError(f"scan {name!r} orders samples of {entry.modality}, not of {size.modality}")
+        return _scan_of(name, entry.function(size.data, **options), size)
+    return _scan_of(name, entry.function(GRID_SAMPLES[entry.modality](size), **options), size)
 
 
 def _call(name: str, entry: ScanEntry, size: tuple[int, ...], options: dict[str, Any]) -> Scan:
+    if isinstance(size, Samples):
+        return _pack([_call(name, entry, (length,), options) for length in size.lengths if length], size)
     if entry.axes is not None and len(entry.axes) != len(size):
         raise ValueError(f"scan {name!r} orders a grid of ({', '.join(entry.axes)}), but the size is {size}")
     result = entry.function(*size, **options)
@@ -284,16 +350,40 @@ def _call(name: str, entry: ScanEntry, size: tuple[int, ...], options: dict[str,
             )
         scan = replace(scan, size=size, name=scan.name or name)
     else:
-        table = np.asarray(result.cpu() if isinstance(result, Tensor) else result)
-        if table.dtype.kind not in "iu" or table.ndim not in (1, 2):
-            raise TypeError(
-                f"scan {name!r} must return integer token indices (k, m) or (m,), "
-                f"not {table.dtype} of shape {table.shape}"
-            )
-        order = torch.from_numpy(np.array(np.atleast_2d(table), dtype=np.int64))
-        scan = Scan(order, math.prod(size), size=size, name=name)
+        scan = _scan_of(name, result, size)
     check_coverage(scan)
     return scan
+
+
+def _scan_of(name: str, result: Any, size: tuple[int, ...]) -> Scan:
+    """The table that a user's function returned, as a scan."""
+    table = np.asarray(result.cpu() if isinstance(result, Tensor) else result)
+    if table.dtype.kind not in "iu" or table.ndim not in (1, 2):
+        raise TypeError(
+            f"scan {name!r} must return integer token indices (k, m) or (m,), not {table.dtype} of shape {table.shape}"
+        )
+    order = torch.from_numpy(np.array(np.atleast_2d(table), dtype=np.int64))
+    return Scan(order, math.prod(size), size=tuple(size), name=name)
+
+
+def _pack(scans: list[Scan], samples: Samples) -> Scan:
+    """Scans of samples one after another, as one scan of their packed tokens."""
+    starts = np.cumsum([0, *(scan.length for scan in scans[:-1])])
+    orders = [scan.order + torch.where(scan.order < 0, 0, int(at)) for at, scan in zip(starts, scans, strict=True)]
+    return replace(scans[0], order=torch.cat(orders, dim=1), length=samples[0], size=tuple(samples), extra=())
+
+
+def _check_identifier(name: str) -> None:
+    if not name.isidentifier() or name.startswith("_"):
+        raise ValueError(f"scan name {name!r} must be a Python identifier without a leading underscore")
+
+
+def _check_name(name: str, function: Callable[..., Any], register: dict[str, Any], replace: bool) -> None:
+    """Raise if `name` stands for something else already."""
+    known = SCANS.get(name) or SAMPLE_ORDERS.get(name)
+    other_kind = known is not None and name not in register
+    if name in COMPOSITIONS or other_kind or (known and not replace and _origin(known.function) != _origin(function)):
+        raise ValueError(f"the scan name {name!r} is taken; choose another, or pass replace=True to take it over")
 
 
 def _fixed(scan: Scan) -> Callable[..., Scan]:
@@ -323,7 +413,7 @@ def _literal(node: ast.expr, spec: str) -> Any:
 
 
 def _unknown(name: str, spec: str) -> str:
-    near = difflib.get_close_matches(name, [*SCANS, *COMPOSITIONS], n=3)
+    near = difflib.get_close_matches(name, [*SCANS, *SAMPLE_ORDERS, *COMPOSITIONS], n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(list_scans())}"
     if name.startswith("_"):
         hint = "it stands for an object that this process never saw; call as_spec with the object, or register it"
