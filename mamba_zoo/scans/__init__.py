@@ -1,6 +1,6 @@
 """The orders in which tokens are visited: named, composed, or a user's own; the same tables for every model."""
 
-from . import curve, grid, series, volume  # noqa: F401 - registers their scans
+from . import curve, grid, series, spectrogram, volume  # noqa: F401 - registers their scans
 from ._registry import (
     SCANS,
     ScanEntry,

@@ -10,7 +10,7 @@ import numpy as np
 from ._registry import register_scan
 
 
-@register_scan("hilbert")
+@register_scan("hilbert", modality=("image", "audio"))
 def hilbert(height: int, width: int) -> np.ndarray:
     """A Hilbert curve, its transpose, and both reversed. Four directions, every step to a neighbour.
 
@@ -21,7 +21,7 @@ def hilbert(height: int, width: int) -> np.ndarray:
     return _curve_and_transpose(_hilbert_path, height, width)
 
 
-@register_scan("zcurve", modality=("image", "video"))
+@register_scan("zcurve", modality=("image", "video", "audio"))
 def zcurve(*size: int) -> np.ndarray:
     """Morton's Z curve restricted to the grid, its transpose, and both reversed. Four directions, with jumps.
 

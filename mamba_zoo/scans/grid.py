@@ -16,6 +16,7 @@ from ._registry import register_scan
 from .core import Scan
 
 ANY = ("image", "video", "audio", "series")
+FLAT = ("image", "audio")  # images and spectrograms
 
 
 @register_scan("raster", modality=ANY)
@@ -43,7 +44,7 @@ def bidirectional(*size: int) -> Scan:
     return Scan(torch.from_numpy(_both_ways(rows)), len(rows), "mean", size, "bidirectional")
 
 
-@register_scan("cross")
+@register_scan("cross", modality=FLAT)
 def cross(height: int, width: int) -> np.ndarray:
     """Rows, columns, rows reversed, columns reversed. Four directions.
 
@@ -53,7 +54,7 @@ def cross(height: int, width: int) -> np.ndarray:
     return _both_ways(grid.reshape(-1), grid.T.reshape(-1))
 
 
-@register_scan("snake")
+@register_scan("snake", modality=FLAT)
 def snake(height: int, width: int) -> np.ndarray:
     """Rows to and fro, the same reversed, columns to and fro, the same reversed. Four directions, no jumps.
 
@@ -63,7 +64,7 @@ def snake(height: int, width: int) -> np.ndarray:
     return np.stack([rows, rows[::-1], columns, columns[::-1]])
 
 
-@register_scan("window")
+@register_scan("window", modality=FLAT)
 def window(height: int, width: int, size: int = 7) -> np.ndarray:
     """Windows one after another, rows within; the same with columns for rows; both reversed. Four directions.
 
@@ -73,7 +74,7 @@ def window(height: int, width: int, size: int = 7) -> np.ndarray:
     return _both_ways(_windows(_tokens(height, width), size), _windows(_tokens(height, width).T, size))
 
 
-@register_scan("local")
+@register_scan("local", modality=FLAT)
 def local(height: int, width: int, directions: Sequence[str] = ("h", "h_flip", "w2", "w2_flip")) -> np.ndarray:
     """Directions by LocalMamba's names. As many directions as names.
 
@@ -99,7 +100,7 @@ def local(height: int, width: int, directions: Sequence[str] = ("h", "h_flip", "
     return np.stack([np.pad(row, (0, m - len(row)), constant_values=-1) for row in rows])
 
 
-@register_scan("atrous")
+@register_scan("atrous", modality=FLAT)
 def atrous(height: int, width: int, step: int = 2) -> np.ndarray:
     """Every `step`-th token of every `step`-th row, for each of the `step**2` offsets. `step**2` directions.
 
@@ -112,7 +113,7 @@ def atrous(height: int, width: int, step: int = 2) -> np.ndarray:
     return np.stack([(phase.T if p % 2 else phase).reshape(-1) for p, phase in enumerate(phases)])
 
 
-@register_scan("diagonal")
+@register_scan("diagonal", modality=FLAT)
 def diagonal(height: int, width: int, zigzag: bool = False) -> np.ndarray:
     """Diagonals from the top left corner, diagonals from the top right corner, both reversed. Four directions.
 
@@ -123,7 +124,7 @@ def diagonal(height: int, width: int, zigzag: bool = False) -> np.ndarray:
     return _both_ways(_diagonals(grid, zigzag), _diagonals(grid[:, ::-1], zigzag))
 
 
-@register_scan("spiral")
+@register_scan("spiral", modality=FLAT)
 def spiral(height: int, width: int) -> np.ndarray:
     """Clockwise from the top left corner to the middle, and back out. Two directions, no jumps."""
     top, left, bottom, right = 0, 0, height - 1, width - 1

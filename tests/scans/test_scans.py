@@ -21,7 +21,8 @@ VIDEO_SIZES = [(1, 1, 1), (5, 1, 1), (1, 3, 4), (2, 3, 1), (3, 4, 5), (4, 7, 6),
 DIRECTIONS = {
     "raster": 1, "column": 1, "bidirectional": 2, "cross": 4, "snake": 4, "window": 4, "local": 4, "atrous": 4,
     "diagonal": 4, "spiral": 2, "random": 4, "hilbert": 4, "zcurve": 4, "spatial_first": 2, "temporal_first": 2,
-    "spatiotemporal": 4, "cross_video": 6, "snake_video": 4, "hilbert_video": 4,
+    "spatiotemporal": 4, "cross_video": 6, "snake_video": 4, "hilbert_video": 4, "time_first": 2,
+    "frequency_first": 2, "time_window": 2,
     "forward": 1, "reversed": 1, "permuted": 1, "shuffled": 1, "step_first": 1,
 }  # fmt: skip
 OFFICIAL = json.loads(gzip.decompress((Path(__file__).parent / "fixtures/scan_orders.json.gz").read_bytes()))
