@@ -59,6 +59,7 @@ def use(backend: str) -> Iterator[None]:
         _override.pop()
 
 
+@lru_cache(maxsize=64)
 def implementation(backend: str, op: str) -> ModuleType:
     """The module `kernels._<backend>.<op>`."""
     return importlib.import_module(f"mamba_zoo.kernels._{backend}.{op}")

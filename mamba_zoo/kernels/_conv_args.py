@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # one is made for every call, and freezing triples what that costs
 class ConvArgs:
     """Arguments of one call, already checked.
 

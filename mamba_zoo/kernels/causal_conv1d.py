@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._backend import choose, implementation
 from ._conv_args import ConvArgs
-from ._op import define, set_gradient
+from ._op import Op
 from ._order import pack_order, prepare_order
 from .selective_scan import _autocast, _check_cu_seqlens
 
@@ -211,9 +211,9 @@ def _gradient(ctx, dy, dfinal):
     return g["x"], g["weight"], g.get("bias"), None, None, g.get("initial_state"), *[None] * 4
 
 
-_forward = define("causal_conv1d", _run_forward, _fake_forward)
-_backward = define("causal_conv1d_backward", _run_backward, _fake_backward)
-set_gradient(_forward, _save, _gradient)
+_forward = Op("causal_conv1d", _run_forward, _fake_forward)
+_backward = Op("causal_conv1d_backward", _run_backward, _fake_backward)
+_forward.set_gradient(_save, _gradient)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._backend import choose, implementation
-from ._op import define, set_gradient
+from ._op import Op
 from ._order import pack_order, prepare_order
 from ._scan_args import ScanArgs
 
@@ -250,9 +250,9 @@ def _gradient(ctx, dy, dfinal, _):
     return *g[:8], None, None, g[8], *[None] * 7
 
 
-_forward = define("selective_scan", _run_forward, _fake_forward)
-_backward = define("selective_scan_backward", _run_backward, _fake_backward)
-set_gradient(_forward, _save, _gradient)
+_forward = Op("selective_scan", _run_forward, _fake_forward)
+_backward = Op("selective_scan_backward", _run_backward, _fake_backward)
+_forward.set_gradient(_save, _gradient)
 
 
 def _autocast(u: Tensor, *others: Tensor | None) -> list[Any]:

@@ -48,7 +48,8 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
         call.launch("forward", out, part=2, keep=save)
     if parts:
         whole = s.u.new_empty(s.y_shape, dtype=s.out_dtype)
-        _finish(setup.device, s.out_dtype, [(y, whole, setup.k, setup.d, setup.scale)])
+        half = y.dtype != torch.float32
+        _finish(setup.device, s.out_dtype, [(y.data_ptr(), half, whole, setup.k, setup.d, setup.scale)])
         y = whole
     return y, final, saved
 
@@ -69,11 +70,11 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
     else:
         kind = exact if sums == 1 else dtype
         out["dB"], out["dC"] = call.zeros_unless_complete(maps, kind), call.zeros_unless_complete(maps, kind)
-    runs = setup.rows * setup.chunks
-    channels = runs * setup.k * setup.d
-    out["dA"], out["dD"], out["dbias"] = new(channels * (setup.n + 2), dtype=exact).split(
-        (channels * setup.n, channels, channels)
-    )
+    channels = setup.rows * setup.chunks * setup.k * setup.d
+    sums_of_steps = new(channels * (setup.n + 2), dtype=exact)  # dA, dD and dbias, one after another
+    out["dA"] = first = sums_of_steps.data_ptr()
+    out["dD"] = first + 4 * channels * setup.n
+    out["dbias"] = first + 4 * channels * (setup.n + 1)
     if s.initial_state is not None:
         out["dinitial"] = s.new_state()
     if setup.chunks == 1:
@@ -83,7 +84,7 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
         call.launch("forward", out, part=3)
         call.carry(out, call.dfinal, reverse=True)
         call.launch("backward", out, part=2, sums=sums)
-    return _gather(s, setup, out, sums)
+    return _gather(s, setup, out, sums)  # its sums are queued before `sums_of_steps` is given back
 
 
 def _gather(s: ScanArgs, setup: _Setup, out: dict, sums: int) -> dict[str, Tensor]:
@@ -91,9 +92,10 @@ def _gather(s: ScanArgs, setup: _Setup, out: dict, sums: int) -> dict[str, Tenso
     grads: dict[str, Tensor] = {"dt": out["ddt"]}
     jobs = []
 
-    def add(name: str, part: Tensor, like: Tensor, count: int, inner: int) -> None:
+    def add(name: str, part: Tensor | int, like: Tensor, count: int, inner: int) -> None:
         grads[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
-        jobs.append((part, grads[name], count, inner, 1.0))
+        half = isinstance(part, Tensor) and part.dtype != torch.float32
+        jobs.append((_pointer(part), half, grads[name], count, inner, 1.0))
 
     for name, given in (("u", s.u), ("z", s.z)):
         if given is not None and (given.dim() == 4 or setup.k == 1):
@@ -231,16 +233,19 @@ class _Setup:
         return loaded, self.rows * chunks * self.k * blocks, launch.threads, sizes
 
 
-def _finish(device: int, dtype: torch.dtype, jobs: list[tuple[Tensor, Tensor, int, int, float]]) -> None:
-    """Sums of parts `(outer, count, inner)` over count, `(parts, result, count, inner, scale)` each, in one launch."""
+def _finish(device: int, dtype: torch.dtype, jobs: list[tuple[int, bool, Tensor, int, int, float]]) -> None:
+    """Sums of parts `(outer, count, inner)` over count, in one launch.
+
+    A job is `(address of the parts, whether they are 16-bit, result, count, inner, scale)`.
+    """
     packed, first = [], 0
-    for part, result, count, inner, scale in jobs:
+    for part, half, result, count, inner, scale in jobs:
         total = result.numel()
         split = 8 if count >= 16 else 1
         wide = 4 if split == 1 and inner % 4 == 0 else 1
         packed.append(
             _JOB.pack(
-                part.data_ptr(), result.data_ptr(), total, inner, count, first, part.dtype != torch.float32,
+                part, result.data_ptr(), total, inner, count, first, half,
                 result.dtype != torch.float32, split, wide, scale,
             )
         )  # fmt: skip
@@ -286,5 +291,5 @@ def _aligned(x: Tensor, width: int) -> bool:
     return x.data_ptr() % (width * x.element_size()) == 0 and all(stride % width == 0 for stride in x.stride()[:-1])
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _pointer(x: Tensor | int | None) -> int:
+    return 0 if x is None else x if isinstance(x, int) else x.data_ptr()
