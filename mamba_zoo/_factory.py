@@ -8,16 +8,17 @@ import fnmatch
 import importlib
 import os
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import timm
-import torch
 from timm.models import split_model_name_tag
 from torch import nn
 
 from . import backbones
-from .backbones._identify import published_cfg
 from .backbones._register import Card, card, cards
 
 
@@ -122,11 +123,14 @@ class ModelCard(Card):
         counted_params: Trainable parameters of the model as it is built here; None until counted.
         counted_gmacs: Billions of multiply-adds of one forward pass for one input, counted on the meta device as half
             of torch's `FlopCounterMode` total; None until counted.
+        counted_as_published: Billions of operations of the same pass, counted as the authors do (`convention`); None
+            until counted, and where their way is not known.
         input_size: Input of that pass, without the batch.
     """
 
     counted_params: int | None = None
     counted_gmacs: float | None = None
+    counted_as_published: float | None = None
     input_size: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
@@ -135,8 +139,11 @@ class ModelCard(Card):
             "modality": self.modality,
             "parameters": self.params and f"{self.params:,}",
             "parameters, counted": self.counted_params and f"{self.counted_params:,}",
-            "multiply-adds": self.gflops and f"{self.gflops:g} G (published)",
-            "multiply-adds, counted": self.counted_gmacs and f"{self.counted_gmacs:.2f} G at {self.input_size}",
+            "operations": self.gflops and f"{self.gflops:g} G (published)",
+            "counted the same way": self.counted_as_published and f"{self.counted_as_published:.2f} G: {self._way()}",
+            "multiply-adds, counted": self.counted_gmacs
+            and f"{self.counted_gmacs:.2f} G at {self.input_size}: products and convolutions, and half of the scan's "
+            "9 b m d n + b m d operations",
             "ImageNet-1k top-1": self.top1 and f"{self.top1:g} % (published)",
             "licence": f"{self.license}, {'' if self.commercial else 'not '}for commercial use",
             "paper": self.paper and f"arXiv:{self.paper}",
@@ -148,6 +155,11 @@ class ModelCard(Card):
         shown = {key: value for key, value in rows.items() if value}
         width = max(map(len, shown))
         return "\n".join(f"{key:<{width}}  {value}" for key, value in shown.items())
+
+    def _way(self) -> str:
+        from ._counting import CONVENTIONS
+
+        return CONVENTIONS[self.convention].text if self.convention else ""
 
 
 def model_card(name: str, count: bool = False) -> ModelCard:
@@ -172,15 +184,16 @@ def model_card(name: str, count: bool = False) -> ModelCard:
     return ModelCard(**entry, **_count(name)) if count else ModelCard(**entry)
 
 
-def _count(name: str) -> dict[str, Any]:
-    from torch.utils.flop_counter import FlopCounterMode
+@lru_cache(maxsize=256)
+def _count(name: str) -> Mapping[str, Any]:
+    from ._counting import CONVENTIONS, count_operations, default_input
 
     model: Any = timm.create_model(name, device="meta").eval()
     counted: dict[str, Any] = {"counted_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    size = published_cfg(model).input_size
-    if size is not None:
-        shape = model.input_shape(*size[-2:]) if hasattr(model, "input_shape") else tuple(size)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, *shape, device="meta"))
-        counted |= {"counted_gmacs": counter.get_total_flops() / 2e9, "input_size": shape}
-    return counted
+    x = default_input(model)
+    if x is not None:
+        operations, convention = count_operations(model, x), card(name).convention if card(name).gflops else None
+        counted |= {"counted_gmacs": operations.multiply_adds / 1e9, "input_size": tuple(x.shape[1:])}
+        if convention is not None:
+            counted["counted_as_published"] = CONVENTIONS[convention].total(operations) / 1e9
+    return MappingProxyType(counted)

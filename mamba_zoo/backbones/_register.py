@@ -31,12 +31,13 @@ class Card:
         license: SPDX name of the licence of the published code and weights.
         paper: arXiv number.
         params: Trainable parameters.
-        gflops: Billions of multiply-adds per 224-pixel image (or the default input), as the authors state them.
+        gflops: Billions of operations for one input of the published size, as the authors state them.
         top1: ImageNet-1k accuracy in percent, as the authors state it.
         drop_path: Stochastic depth they trained with; for models of our own, the one advised.
         checkpoint: Name of the published file.
         url: Where it is published.
         notes: What a user should know.
+        convention: How the authors counted `gflops`, a name in `mamba_zoo._counting.CONVENTIONS`; None if not known.
         name: The registered name; filled in by `register`.
     """
 
@@ -51,6 +52,7 @@ class Card:
     checkpoint: str | None = None
     url: str | None = None
     notes: str = ""
+    convention: str | None = None
     name: str = ""
 
     @property

@@ -195,6 +195,7 @@ _card = partial(
     "TerryPei/EfficientVMamba@0bc5ee288b40 classification/models/vmamba_efficient.py",
     "Apache-2.0",
     "2403.09977",
+    convention="no scan",
 )
 
 

@@ -215,6 +215,7 @@ _card = partial(
     "hunto/LocalMamba@75e5d1f007c3 classification/lib/models/local_vmamba.py",
     "Apache-2.0",
     "2403.09338",
+    convention="whole scan",
 )
 
 

@@ -388,6 +388,7 @@ def _card(repository: str, file: str, params: int, gflops: float, top1: float, d
         file,
         f"https://huggingface.co/nvidia/MambaVision-{repository}/resolve/main/{file}",
         "NVIDIA's weights are for non-commercial use only, and so is its code, of which nothing is used here.",
+        "nothing fused",
     )
 
 

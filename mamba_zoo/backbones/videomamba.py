@@ -258,7 +258,19 @@ _MASKED = {
 def _image(letter: str, params: int, gflops: float, top1: float, notes: str = "") -> Card:
     file = f"videomamba_{letter}16_in1k_res224.pth"
     source = _SOURCE.format("image_sm")
-    return Card("image", source, "Apache-2.0", "2403.06977", params, gflops, top1, None, file, f"{_HUB}/{file}", notes)
+    return Card(
+        "image",
+        source,
+        "Apache-2.0",
+        "2403.06977",
+        params,
+        gflops,
+        top1,
+        checkpoint=file,
+        url=f"{_HUB}/{file}",
+        notes=notes,
+        convention="outside mixers",
+    )
 
 
 def _video(letter: str, params: int, top1: str) -> Card:

@@ -175,6 +175,7 @@ _card = partial(
     "MzeroMiko/VMamba@2ed52ead062a classification/models/vmamba.py",
     "MIT",
     "2401.10166",
+    convention="whole scan",
 )
 
 

@@ -55,7 +55,12 @@ def info_main(argv: Sequence[str]) -> int:
     """Run `mamba-zoo info`."""
     parser = argparse.ArgumentParser("mamba-zoo info", description="What is known of one model.")
     parser.add_argument("name", help="as in mamba-zoo list")
-    parser.add_argument("--count", action="store_true", help="also build it without memory; count parameters and FLOPs")
+    parser.add_argument(
+        "--count",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="build it without memory, and count parameters and operations",
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args(argv)
     card = mamba_zoo.model_card(args.name, count=args.count)
