@@ -25,7 +25,7 @@ _CONTAINERS = (
     "ema_model",
 )
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-_HOLDERS = ("net.", "model.", "backbone.", "encoder.")
+_HOLDERS = ("net.", "model.", "backbone.", "encoder.", "audio_model.")
 # What surrounds a backbone in a detector, a segmenter or a training module. Only these may be left out of a file.
 _SURROUNDINGS = (
     "auxiliary_head.",

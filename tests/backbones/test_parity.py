@@ -20,7 +20,7 @@ from torch import Tensor
 
 import mamba_zoo
 
-from . import parity_vision, synth
+from . import parity_speech, parity_vision, synth
 from .parity_family import Family
 
 ROOT = Path(os.environ.get("MAMBA_ZOO_PARITY") or Path(__file__).parent / "fixtures")
@@ -30,7 +30,7 @@ TOLERANCE, PROBE_TOLERANCE = 2e-5, 1e-4
 # float32 run is itself 1.6e-4 from our float64 run of it, so that 1e-4 is met by chance (0.9e-4 to 1.8e-4, measured).
 PROBE_TOLERANCES = {"local_vim_tiny": 2e-4}
 
-FAMILIES: dict[str, Family] = {**parity_vision.FAMILIES}
+FAMILIES: dict[str, Family] = {**parity_speech.FAMILIES, **parity_vision.FAMILIES}
 
 
 @pytest.mark.parametrize("name", FIXTURES)
