@@ -1,6 +1,6 @@
 """The orders in which tokens are visited: named, composed, or a user's own; the same tables for every model."""
 
-from . import curve, grid, series, spectrogram, volume  # noqa: F401 - registers their scans
+from . import curve, graph, grid, series, spectrogram, volume  # noqa: F401 - registers their scans
 from ._registry import (
     SCANS,
     ScanEntry,
@@ -8,16 +8,19 @@ from ._registry import (
     as_spec,
     build_scan,
     list_scans,
+    register_sample_order,
     register_scan,
     scan_order,
     unregister_scan,
 )
 from .compose import both_ways, filled, first, join, reverse, transpose, with_token
 from .core import Scan
+from .graph import Graphs, graph_order, graph_scan, register_graph_order
 from .series import correlation_scan, permuted_spec, resolve_data_scan
 
 __all__ = [
     "SCANS",
+    "Graphs",
     "Scan",
     "ScanEntry",
     "ScanLike",
@@ -27,9 +30,13 @@ __all__ = [
     "correlation_scan",
     "filled",
     "first",
+    "graph_order",
+    "graph_scan",
     "join",
     "list_scans",
     "permuted_spec",
+    "register_graph_order",
+    "register_sample_order",
     "register_scan",
     "resolve_data_scan",
     "reverse",
