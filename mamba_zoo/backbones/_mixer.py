@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
@@ -78,6 +79,41 @@ class Mamba(nn.Module):
         else:
             y = self.ssm(u, z, order, self.reduce, cu_seqlens)
         return self.out_proj(y.to(u.dtype))
+
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        """The memory before the first token of a stream: of the convolution `(b, k, d, w - 1)`, the scan `(b, k, d, n)`.
+
+        Both float32 at least, and zero. Their size does not depend on how long the stream is.
+        """
+        k, inner, width = self.conv.weight.shape
+        states = 0 if self.ssm is None else self.ssm.d_state
+        weight = self.conv.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return tuple(weight.new_zeros(batch, k, inner, size, dtype=dtype) for size in (width - 1, states))  # type: ignore
+
+    def extend(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The next tokens of a stream `(b, l, dim)` to `(b, l, dim)` and the new state; all directions run forwards."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u, conv = self.conv.extend(x, state[0])
+        if self.ssm is None:
+            y, scan = u * F.silu(z)[:, :, None], state[1]
+        else:
+            y, scan = self.ssm.extend(u, state[1], z)
+        return self._merge(y, u.dtype), (conv, scan)
+
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`extend` for one token `(b, dim)`."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        u, conv = self.conv.step(x, state[0])
+        if self.ssm is None:
+            y, scan = u * F.silu(z)[:, None], state[1]
+        else:
+            y, scan = self.ssm.step(u, state[1], z)
+        return self._merge(y, u.dtype), (conv, scan)
+
+    def _merge(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Directions `(..., k, d)` to one output."""
+        return self.out_proj((y.sum(-2) if self.reduce == "sum" else y.mean(-2)).to(dtype))
 
 
 class SS2D(nn.Module):

@@ -74,6 +74,14 @@ class CausalConv1d(nn.Module):
         """Tokens `(b, l, d)` or `(b, l, k, d)` to `(b, l, k, d)`, each direction along its row of `order`."""
         return causal_conv1d(x, self.weight, self.bias, order, activation="silu", cu_seqlens=cu_seqlens)
 
+    def extend(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens `(b, l, d)` or `(b, l, k, d)` after those in `state (b, k, d, w - 1)`, and the new state."""
+        return causal_conv1d(x, self.weight, self.bias, activation="silu", initial_state=state, return_final_state=True)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """`extend` for one token, `(b, d)` or `(b, k, d)` to `(b, k, d)`."""
+        return causal_conv1d_step(state, x, self.weight, self.bias, activation="silu")
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         k, dim, width = self.weight.shape
@@ -146,6 +154,7 @@ class SelectiveSSM(nn.Module):
             self.dt_bias,
             dt_softplus=True,
             reduce=reduce,
+            cu_seqlens=cu_seqlens,
             out_dtype=torch.float32 if B.dtype == torch.float16 else None,
         )
 
