@@ -4,6 +4,7 @@ from . import flops  # registers the formulas
 from ._backend import BACKENDS, refusals, use
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .selective_scan import selective_scan, selective_scan_step
+from .ssd import ssd, ssd_step
 
 __all__ = [
     "BACKENDS",
@@ -13,5 +14,7 @@ __all__ = [
     "refusals",
     "selective_scan",
     "selective_scan_step",
+    "ssd",
+    "ssd_step",
     "use",
 ]

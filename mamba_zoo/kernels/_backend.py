@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
@@ -26,17 +27,23 @@ def refusals(device: torch.device | str, dtype: torch.dtype = torch.float32) -> 
     return {name: _package(name).refuse(kind, dtype) for name in BACKENDS}
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that will run: the fastest that serves `device` and `dtype`, unless one is `requested`.
+def choose(requested: str, device: torch.device, dtype: torch.dtype, op: str = "selective_scan") -> str:
+    """The backend that will run: the fastest that has `op` and serves `device` and `dtype`, unless one is `requested`.
+
+    Within `use(name)` that is `name` for the ops that it has, and the fastest for the others.
 
     Raises:
-        ValueError: `requested` is unknown, or cannot serve this device and dtype.
+        ValueError: `requested` is unknown, does not have the op, or cannot serve this device and dtype.
     """
-    name = _override[-1] if _override and requested == "auto" else requested
+    name = requested
+    if name == "auto" and _override and _has(_override[-1], op):
+        name = _override[-1]
     if name == "auto":
-        return _fastest(device.type, dtype)
+        return _fastest(device.type, dtype, op)
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; choose 'auto' or one of {', '.join(BACKENDS)}")
+    if not _has(name, op):
+        raise ValueError(f"backend={name!r} has no {op}; use backend='auto'")
     if reason := _package(name).refuse(device.type, dtype):
         raise ValueError(f"backend={name!r} cannot run here: {reason}; use backend='auto'")
     return name
@@ -70,10 +77,15 @@ def _package(name: str) -> ModuleType:
 
 
 @lru_cache(maxsize=64)
-def _fastest(kind: str, dtype: torch.dtype) -> str:
+def _has(backend: str, op: str) -> bool:
+    return importlib.util.find_spec(f"mamba_zoo.kernels._{backend}.{op}") is not None
+
+
+@lru_cache(maxsize=64)
+def _fastest(kind: str, dtype: torch.dtype, op: str) -> str:
     refused, name = {}, "reference"
     for name in BACKENDS:
-        reason = _package(name).refuse(kind, dtype)
+        reason = _package(name).refuse(kind, dtype) if _has(name, op) else f"it has no {op}"
         if reason is None and (name, kind) != ("triton", "cpu"):  # its interpreter is only for whoever asks for it
             break
         refused[name] = reason

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import causal_conv1d, selective_scan  # noqa: F401 - the ops must exist
+from . import causal_conv1d, selective_scan, ssd  # noqa: F401 - the ops must exist
 
 Shape = Sequence[int]
 
@@ -44,6 +44,22 @@ def causal_conv1d_flops(x: Shape, weight: Shape, order: Shape) -> int:
     return 2 * x[0] * order[-2] * order[-1] * weight[1] * weight[2]
 
 
+def ssd_flops(x: Shape, dt: Shape, B: Shape, order: Shape, skip: bool) -> int:
+    """Of one forward pass: `5 b m h p n` per direction, plus `2 b m h p` for `D`.
+
+    Of the recurrence, whatever the chunks: decay, input and sum of a state are 3, the product with C is 2. Products of
+    matrices, by which it is computed, are more, and how many depends on the backend.
+
+    Args:
+        x: Shape `(b, l, h, p)` or `(b, l, k, h, p)`.
+        dt: Shape `(b, l, k, h)`.
+        B: Shape `(b, l, k, g, n)`.
+        order: Shape `(1 | b, k, m)`.
+        skip: Whether `D` is given.
+    """
+    return dt[0] * order[-2] * order[-1] * dt[3] * x[-1] * (5 * B[-1] + 2 * skip)
+
+
 @register_flop_formula(torch.ops.mamba_zoo.selective_scan)
 def _scan(u, dt, A, B, C, D, z, dt_bias, order, *others: Any, **keywords: Any) -> int:
     return selective_scan_flops(dt, A, order, D is not None, z is not None)
@@ -53,6 +69,16 @@ def _scan(u, dt, A, B, C, D, z, dt_bias, order, *others: Any, **keywords: Any) -
 def _scan_backward(dy, dfinal, saved, u, dt, A, B, C, D, z, dt_bias, order, *others: Any, **keywords: Any) -> int:
     # Like torch's own formulas: what is recomputed counts as nothing, and every product has two gradients.
     return 2 * selective_scan_flops(dt, A, order, D is not None, z is not None)
+
+
+@register_flop_formula(torch.ops.mamba_zoo.ssd)
+def _ssd(x, dt, A, B, C, D, decay, dt_bias, order, *others: Any, **keywords: Any) -> int:
+    return ssd_flops(x, dt, B, order, D is not None)
+
+
+@register_flop_formula(torch.ops.mamba_zoo.ssd_backward)
+def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, decay, dt_bias, order, *others: Any, **keywords: Any) -> int:
+    return 2 * ssd_flops(x, dt, B, order, D is not None)
 
 
 @register_flop_formula(torch.ops.mamba_zoo.causal_conv1d)
