@@ -42,7 +42,8 @@ def filter_of(module: str) -> FilterFn:
 def renamed(state: Mapping[str, Tensor], model: nn.Module, filter_fn: FilterFn) -> tuple[dict[str, Tensor], bool]:
     """`state` under the model's names, and whether the filter changed how many values there are."""
     new = filter_fn(dict(state), model)
-    return new, sum(v.numel() for v in new.values()) != sum(v.numel() for v in state.values())
+    sizes = [sum(v.numel() for v in weights.values() if v.is_floating_point()) for weights in (new, state)]
+    return new, sizes[0] != sizes[1]
 
 
 def identify(state: Mapping[str, Tensor]) -> dict[str, Match]:

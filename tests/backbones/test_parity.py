@@ -20,7 +20,7 @@ from torch import Tensor
 
 import mamba_zoo
 
-from . import parity_speech, parity_vision, synth
+from . import parity_points, parity_series, parity_speech, parity_vision, synth
 from .parity_family import Family
 
 ROOT = Path(os.environ.get("MAMBA_ZOO_PARITY") or Path(__file__).parent / "fixtures")
@@ -30,7 +30,12 @@ TOLERANCE, PROBE_TOLERANCE = 2e-5, 1e-4
 # float32 run is itself 1.6e-4 from our float64 run of it, so that 1e-4 is met by chance (0.9e-4 to 1.8e-4, measured).
 PROBE_TOLERANCES = {"local_vim_tiny": 2e-4}
 
-FAMILIES: dict[str, Family] = {**parity_speech.FAMILIES, **parity_vision.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **parity_points.FAMILIES,
+    **parity_series.FAMILIES,
+    **parity_speech.FAMILIES,
+    **parity_vision.FAMILIES,
+}
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -56,6 +61,8 @@ def test_computes_what_was_published(name: str, tmp_path: Path) -> None:
         assert sum(p.numel() for p in model.parameters()) + dead_weights(family, fixture) == fixture["params"]
         with torch.inference_mode():
             outputs = family.run(model, inputs, fixture)
+            if probe is None:
+                errors |= extra_errors(family, model, fixture)
         expected = fixture["outputs"] if probe is None else probe["outputs"]
         tolerance = TOLERANCE if probe is None else PROBE_TOLERANCES.get(fixture["model"], PROBE_TOLERANCE)
         for key, summary in expected.items():
@@ -63,6 +70,17 @@ def test_computes_what_was_published(name: str, tmp_path: Path) -> None:
             errors[f"{'' if probe is None else f'probe {i}: '}{key}"] = (error, tolerance)
     wrong = {key: f"{error:.1e}" for key, (error, tolerance) in errors.items() if not error < tolerance}
     assert not wrong, f"relative errors too large: {wrong}"
+
+
+def extra_errors(family: Family, model: Any, fixture: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Errors of the fixture's further runs, which have inputs of their own, such as a batch of two."""
+    errors = {}
+    for i, case in enumerate(fixture.get("extra_cases", [])):
+        inputs = {key: torch.from_numpy(synth.synth_input(**spec)) for key, spec in case["inputs"].items()}
+        outputs = family.run(model, inputs, {**fixture, **case})
+        for key, summary in case["outputs"].items():
+            errors[f"case {i}: {key}"] = (synth.relative_error(outputs[key].numpy(), summary), TOLERANCE)
+    return errors
 
 
 def family_of(name: str) -> Family:

@@ -1,0 +1,150 @@
+"""Published models of point clouds: their arguments, their outputs, their files, and their orders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_zoo.backbones._points import furthest_points
+from mamba_zoo.scans.points import cts_code, hilbert_code, point_order, zcurve_code
+
+from . import synth
+from .parity_family import Arguments, Family, recorded, require
+
+
+def points_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    name = kwargs.get("NAME") or kwargs["config"]["model"]
+    return {
+        "PointMambaScan": pointmamba_arguments,
+        "Point_MAE_Mamba_serializationV2": pretraining_arguments,
+    }[name](kwargs)
+
+
+def pointmamba_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    require(kwargs, rms_norm=False, use_cls_token=False, max_head=False, avg_head=True, drop_out=0.0)
+    require(kwargs, encoder_dims=kwargs["trans_dim"])
+    return "pointmamba", {
+        "num_classes": kwargs["cls_dim"],
+        "groups": kwargs["num_group"],
+        "group_size": kwargs["group_size"],
+        "dim": kwargs["trans_dim"],
+        "depth": kwargs["depth"],
+        "drop_path_rate": kwargs["drop_path"],
+    }
+
+
+def pretraining_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    config = kwargs["mamba_config"]
+    require(kwargs, rms_norm=False, loss="cdl2", drop_out=0.0)
+    require(config, mask_type="rand", encoder_dims=config["trans_dim"])
+    return "pointmamba_pretraining", {
+        "groups": kwargs["num_group"],
+        "group_size": kwargs["group_size"],
+        "dim": config["trans_dim"],
+        "depth": config["depth"],
+        "decoder_depth": config["decoder_depth"],
+        "mask_ratio": config["mask_ratio"],
+        "drop_path_rate": kwargs["drop_path"],
+    }
+
+
+def points_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
+    name = fixture["kwargs"].get("NAME", "")
+    if name == "Point_MAE_Mamba_serializationV2":
+        return pretraining_run(model, inputs, fixture)
+    return pointmamba_run(model, inputs, fixture)
+
+
+def pointmamba_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
+    x = inputs["x"]
+    check_indices(model, x, fixture)
+    embedded, order, _ = model.embed(x)
+    with recorded(tokens=model.patch_embed, block0=model.blocks[0], blocks=model.norm) as outputs:
+        logits = model(x)
+    hidden, residual = outputs["block0"]
+    outputs |= {"sequence": embedded, "block0": hidden + residual}
+    along = {key: along_order(outputs[key], order) for key in ("sequence", "block0", "blocks")}
+    return {"tokens": outputs["tokens"], "logits": logits, **along}
+
+
+def pretraining_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
+    stored, x = fixture["inputs"]["mask"], inputs["x"]
+    mask = torch.zeros(len(x), stored["length"], dtype=torch.bool)
+    mask[:, stored["masked_positions"]] = True
+    outputs = {}
+    for direction, name in enumerate(("hilbert", "hilbert-trans")):
+        rebuilt, true = model.reconstruct(x, direction, mask)
+        outputs |= {f"rebuilt_{name}": rebuilt.flatten(0, 1), f"target_{name}": true.flatten(0, 1)}
+    return outputs
+
+
+def along_order(tokens: Tensor, order: Tensor) -> Tensor:
+    """Tokens `(b, l, d)` in the order `(b, 1, l)` in which they are visited."""
+    return tokens.gather(1, order[:, 0, :, None].expand_as(tokens))
+
+
+def check_indices(model: Any, x: Tensor, fixture: dict[str, Any]) -> None:
+    """The centres and orders that the published code chose."""
+    stored = fixture.get("indices", {})
+    if "fps" not in stored or len(x) > 1:
+        return
+    index = furthest_points(x, len(stored["fps"]))
+    assert index[0].tolist() == stored["fps"]
+    for name in ("hilbert", "hilbert-trans"):
+        if f"order_{name}" in stored:
+            order = point_order(name.replace("-", "_"), x[:, index[0]])
+            assert order[0, 0].tolist() == stored[f"order_{name}"]
+
+
+def check_orders(fixture: dict[str, Any]) -> None:
+    """Published serializations, of given cells and of a cloud."""
+    tables = fixture["permutations"]
+    if "grid" in fixture["inputs"]:
+        grid = torch.tensor(fixture["inputs"]["grid"]["values"]).view(fixture["inputs"]["grid"]["shape"])
+        batch = (torch.arange(len(grid)) >= 300).long()  # as the fixture's own notes cut it
+        for key, table in tables.items():
+            check_grid_order(key, table, grid, batch)
+        return
+    given = {key: fixture["inputs"]["x"][key] for key in ("name", "shape", "scale")}
+    x = torch.from_numpy(synth.synth_input(**given))
+    clouds = {"": x, "/scaled_batch": x * torch.tensor([0.3, 4.0])[:, None, None]}
+    for key, table in tables.items():
+        if key == "grid":
+            continue
+        curve, _, case = key.partition("/")
+        name, cloud = curve.replace("-", "_"), clouds[f"/{case}" if case else ""]
+        together = point_order(f"{name}(shared_depth=True)", cloud)[:, 0] + 128 * torch.arange(2)[:, None]
+        assert together.flatten().tolist() == table["perm"], key
+        if "perm_alone_sample0" in table:
+            assert point_order(name, cloud)[0, 0].tolist() == table["perm_alone_sample0"], key
+
+
+def check_grid_order(key: str, table: dict[str, Any], grid: Tensor, batch: Tensor) -> None:
+    family, setting, *middle, curve = key.split("/")
+    together = "batch" in (setting, *middle)
+    cells = grid[:, [1, 0, 2]] if curve.endswith("-trans") else grid
+    if family == "pcm":
+        code = cts_code(cells, curve, published=True)
+    elif curve.startswith("hilbert"):
+        depth = int(setting.removeprefix("depth")) if setting.startswith("depth") else int(grid.max()).bit_length()
+        code = hilbert_code(cells, depth)
+    else:
+        code = zcurve_code(cells)
+    if "code" in table and family != "pcm":  # PCM's codes differ from ours by a constant
+        assert code.tolist() == table["code"], key
+    order = torch.argsort(code, stable=True)
+    if together:
+        order = order[torch.argsort(batch[order], stable=True)]
+    assert order.tolist() == table["perm"], key
+
+
+FAMILIES = {
+    "points": Family(
+        points_arguments,
+        points_run,
+        lambda state: {"base_model": {f"module.{key}": value for key, value in state.items()}, "epoch": 299},
+        check_orders,
+    ),
+}
