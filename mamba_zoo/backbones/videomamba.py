@@ -57,9 +57,10 @@ class VideoMamba(Tokens):
         expand: Inner width of the mixer in units of `dim`.
         dt_rank: Rank of the step projection; "auto" is one sixteenth of `dim`, rounded up.
         scan: Visiting orders of the patches, on a grid `(h, w)` or `(t, h, w)`: a name, a specification, a `Scan` or a
-            function; see `mamba_zoo.scans`. Directions visit the class token first, or last if they are the reverse of
-            an earlier one. "none" keeps the two convolutions of "bidirectional", but leaves the scan and its parameters
-            out of every block, as a control.
+            function; see `mamba_zoo.scans`. Of two directions that reverse each other the first visits the class token
+            first and the other last; a direction without such a partner visits it last, or no patch would ever reach
+            it. "none" keeps the two convolutions of "bidirectional", but leaves the scan and its parameters out of
+            every block, as a control; pool by "avg" then, because the class token sees only the patches near it.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Rate of the last block; rates rise linearly from 0.
         device: Of the parameters.
@@ -114,7 +115,7 @@ class VideoMamba(Tokens):
         )
         self.num_frames = num_frames
         self.scan = spec if ssm else "none"
-        self.token_scan = as_spec(f"with_token({spec}, 0)")
+        self.token_scan = as_spec(f"with_token({spec}, 0, 'last')")
         self.patch_embed = PatchEmbed(in_chans, dim, patch_size, patch_size, **dd)
         self.grid = self.patch_embed.grid(height, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim, **dd))

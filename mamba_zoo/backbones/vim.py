@@ -49,8 +49,10 @@ class Vim(Tokens):
         expand: Inner width of the mixer in units of `dim`.
         dt_rank: Rank of the step projection; "auto" is one sixteenth of `dim`, rounded up.
         scan: Visiting orders of the patches: a name, a specification, a `Scan` or a function; see `mamba_zoo.scans`.
-            Each direction visits the class token halfway. "none" keeps the two convolutions of "bidirectional", but
-            leaves the scan and its parameters out of every block, as a control.
+            Directions that reverse each other visit the class token halfway, a direction without such a partner last,
+            so that every patch reaches it. "none" keeps the two convolutions of "bidirectional", but leaves the scan
+            and its parameters out of every block, as a control; pool by "avg" then, because the class token sees only
+            the patches near it.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Rate of the last block; rates rise linearly from 0.
         device: Of the parameters.
@@ -99,7 +101,7 @@ class Vim(Tokens):
             **dd,
         )
         self.scan = spec if ssm else "none"
-        self.token_scan = as_spec(f"with_token({spec}, 'middle')")
+        self.token_scan = as_spec(f"with_token({spec}, 'middle', 'last')")
         self.patch_embed = PatchEmbed(in_chans, dim, patch_size, stride or patch_size, **dd)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(height, width) < patch_size:

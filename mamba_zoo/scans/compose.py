@@ -95,7 +95,7 @@ def transpose(scan: Scan, axes: Sequence[int] | None = None) -> Scan:
     return _with(scan, order, f"transpose({scan.name})", size=tuple(size))
 
 
-def with_token(scan: Scan, position: int | str = "middle") -> Scan:
+def with_token(scan: Scan, position: int | str = "middle", unpaired: str = "there") -> Scan:
     """Insert one more token, such as a class token, at index `position` of the sequence.
 
     Tokens at `position` and after move up by one. Each direction visits the new token at step `position` (at its end,
@@ -106,6 +106,8 @@ def with_token(scan: Scan, position: int | str = "middle") -> Scan:
     Args:
         scan: Over the other tokens.
         position: From 0 to `l`, or "middle" for `l // 2`.
+        unpaired: When directions that no other direction reverses visit the new token: "there", at step `position`, or
+            "last". What such a direction visits after the token never reaches it.
 
     Example:
         >>> with_token(both_ways(Scan(torch.tensor([[0, 1, 2]]), 3)), 1).order.tolist()
@@ -115,14 +117,21 @@ def with_token(scan: Scan, position: int | str = "middle") -> Scan:
     p = l // 2 if position == "middle" else position
     if not isinstance(p, int) or not 0 <= p <= l:
         raise ValueError(f"with_token: position={position!r} must be 'middle' or an index from 0 to {l}")
+    if unpaired not in ("there", "last"):
+        raise ValueError(f"with_token: unpaired={unpaired!r} must be 'there' or 'last'")
     moved = torch.where(scan.order >= p, scan.order + 1, scan.order)
-    step, token = min(p, scan.m), moved.new_tensor([p])
+    token = moved.new_tensor([p])
     rows: list[Tensor] = []
     for i, row in enumerate(scan.order):
-        mirror = next((j for j in range(i) if torch.equal(scan.order[j].flip(0), row)), None)
-        rows.append(torch.cat([moved[i, :step], token, moved[i, step:]]) if mirror is None else rows[mirror].flip(0))
+        mirrors = [j for j in range(scan.k) if j != i and torch.equal(scan.order[j].flip(0), row)]
+        if mirrors and mirrors[0] < i:
+            rows.append(rows[mirrors[0]].flip(0))
+            continue
+        step = min(p, scan.m) if mirrors or unpaired == "there" else scan.m
+        rows.append(torch.cat([moved[i, :step], token, moved[i, step:]]))
     extra = tuple(sorted((*(t + (t >= p) for t in scan.extra), p)))
-    return _with(scan, torch.stack(rows), f"with_token({scan.name}, {position!r})", length=l + 1, extra=extra)
+    options = repr(position) if unpaired == "there" else f"{position!r}, {unpaired!r}"
+    return _with(scan, torch.stack(rows), f"with_token({scan.name}, {options})", length=l + 1, extra=extra)
 
 
 def filled(scan: Scan) -> Scan:

@@ -132,6 +132,17 @@ def test_class_token_of_other_scans_comes_at_its_step():
     assert build_scan("with_token(bidirectional, 0)", 1).order.tolist() == [[0, 1], [1, 0]]
 
 
+def test_class_token_comes_last_where_no_other_direction_brings_it_the_rest():
+    assert build_scan("with_token(column, 1, 'last')", 2, 2).order.tolist() == [[0, 3, 2, 4, 1]]
+    assert build_scan("with_token(bidirectional, 1, 'last')", 2, 1).order.tolist() == [[0, 1, 2], [2, 1, 0]]
+    mixed = build_scan("with_token(join(reverse(raster), column, raster), 0, 'last')", 2, 2).order
+    assert mixed.tolist() == [[0, 4, 3, 2, 1], [1, 3, 2, 4, 0], [1, 2, 3, 4, 0]]
+    assert (build_scan("with_token(atrous, 0, 'last')", 3, 4).order[:, -1] == 0).all()
+    assert build_scan("with_token(raster, 0, 'last')", 2, 1).name == "with_token(raster, 0, 'last')"
+    with pytest.raises(ValueError, match="unpaired='first' must be 'there' or 'last'"):
+        build_scan("with_token(raster, 0, 'first')", 2, 2)
+
+
 def test_empty_steps_filled_with_tokens_of_their_own():
     scan = build_scan("filled(local(['h', 'w2', 'w2_flip']))", 3, 3)
     assert (scan.m, scan.length, scan.size, scan.extra) == (16, 16, (3, 3), tuple(range(9, 16)))
