@@ -41,11 +41,11 @@ def prepare_order(order: Tensor | None, b: int, l: int, k: int, device: torch.de
     if known is None:
         known = _checked[order] = {}
     entry = known.get((device, l))
-    if entry is None or entry[0] != order._version:
+    if entry is None or entry[0] != _version(order):
         if _capturing(device):
             return _unchecked(order, device), False
         complete = _check_values(order, l)
-        entry = (order._version, _unchecked(order.detach(), device), complete)
+        entry = (_version(order), _unchecked(order.detach(), device), complete)
         known[device, l] = entry
     return entry[1], entry[2]
 
@@ -57,8 +57,15 @@ def trust_order(order: Tensor, l: int) -> None:
     """
     if order.is_meta or _is_fake(order):
         return
-    known = _checked.setdefault(order, {})
-    known[order.device, l] = (order._version, _unchecked(order.detach(), order.device), True)
+    known = _checked.get(order)
+    if known is None:
+        known = _checked[order] = {}
+    known[order.device, l] = (_version(order), _unchecked(order.detach(), order.device), True)
+
+
+def _version(order: Tensor) -> int:
+    """How often the table was written to; tables made in inference mode do not count it, and are not expected to be."""
+    return -1 if order.is_inference() else order._version
 
 
 def _unchecked(order: Tensor, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import mamba_zoo
 
-from . import parity_points, parity_series, parity_speech, parity_vision, synth
+from . import parity_audio, parity_points, parity_series, parity_speech, parity_vision, synth
 from .parity_family import Family
 
 ROOT = Path(os.environ.get("MAMBA_ZOO_PARITY") or Path(__file__).parent / "fixtures")
@@ -31,6 +31,7 @@ TOLERANCE, PROBE_TOLERANCE = 2e-5, 1e-4
 PROBE_TOLERANCES = {"local_vim_tiny": 2e-4}
 
 FAMILIES: dict[str, Family] = {
+    **parity_audio.FAMILIES,
     **parity_points.FAMILIES,
     **parity_series.FAMILIES,
     **parity_speech.FAMILIES,
