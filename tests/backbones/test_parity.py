@@ -31,6 +31,7 @@ TOLERANCE, PROBE_TOLERANCE = 2e-5, 1e-4
 PROBE_TOLERANCES = {"local_vim_tiny": 2e-4}
 
 FAMILIES: dict[str, Family] = {
+    **parity_graph.FAMILIES,
     **parity_audio.FAMILIES,
     **parity_points.FAMILIES,
     **parity_series.FAMILIES,
@@ -52,7 +53,7 @@ def test_computes_what_was_published(name: str, tmp_path: Path) -> None:
     architecture, arguments = family.arguments(fixture["kwargs"])
     made = {key: spec for key, spec in fixture["inputs"].items() if "shape" in spec}  # others are stored as they are
     inputs = {key: torch.from_numpy(synth.synth_input(**spec)) for key, spec in made.items()}
-    base = {key: torch.from_numpy(value) for key, value in synth.synth_state(fixture["state"]).items()}
+    base = scaled(synth.synth_state(fixture["state"]), fixture.get("state_scale", {}))
     errors = {}
     for i, probe in enumerate([None, *fixture.get("probes", [])]):
         path = tmp_path / "published.pth"
@@ -64,7 +65,7 @@ def test_computes_what_was_published(name: str, tmp_path: Path) -> None:
             outputs = family.run(model, inputs, fixture)
             if probe is None:
                 errors |= extra_errors(family, model, fixture)
-        expected = fixture["outputs"] if probe is None else probe["outputs"]
+        expected = {**fixture["outputs"], **outputs_of_cases(fixture)} if probe is None else probe["outputs"]
         tolerance = TOLERANCE if probe is None else PROBE_TOLERANCES.get(fixture["model"], PROBE_TOLERANCE)
         for key, summary in expected.items():
             error = synth.relative_error(outputs[key].numpy(), summary)
@@ -95,6 +96,20 @@ def dead_weights(family: Family, fixture: dict[str, Any]) -> int:
     """Parameters of the published model that it never uses, and ours therefore does not have."""
     found = {key: spec for key, spec in fixture["state"].items() if family.dead and re.search(family.dead, key)}
     return sum(math.prod(shape) for shape, dtype in found.values() if dtype.startswith("float"))
+
+
+def outputs_of_cases(fixture: dict[str, Any]) -> dict[str, Any]:
+    """Outputs of further runs of the same weights, as "case: output"."""
+    cases = fixture.get("cases", {}).items()
+    return {f"{case}: {key}": summary for case, run in cases for key, summary in run["outputs"].items()}
+
+
+def scaled(state: dict[str, Any], scales: dict[str, float]) -> dict[str, Tensor]:
+    """The arrays as tensors; those of float whose key holds an entry of `scales` are multiplied by it."""
+    found = {key: torch.from_numpy(value) for key, value in state.items()}
+    for part, scale in scales.items():
+        found |= {key: x * scale for key, x in found.items() if part in key and x.is_floating_point()}
+    return found
 
 
 def amplified(state: dict[str, Tensor], probe: dict[str, Any]) -> dict[str, Tensor]:
