@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Frames:
     lengths: tuple[int, ...] | None = None
     mask: Tensor | None = None
     state: dict[str, Tensor] | None = None
+    _orders: dict[Any, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[int] | None, steps: int, like: Tensor) -> Frames:
@@ -52,10 +53,14 @@ class Frames:
         """
         if self.lengths is None:
             return scan_order(spec, (steps,), device)
-        tables = {n: scan_order(spec, (n,), device) for n in {max(n - less, 1) for n in self.lengths}}
-        m = max(table.shape[1] for table in tables.values())
-        rows = [F.pad(t := tables[max(n - less, 1)], (0, m - t.shape[1]), value=-1) for n in self.lengths]
-        return torch.stack(rows).repeat_interleave(repeat, 0)
+        key = (spec, repeat, less)
+        if key not in self._orders:  # the kernels check a table once, so that layers had better share it
+            lengths = [max(n - less, 1) for n in self.lengths]
+            tables = {n: scan_order(spec, (n,), device) for n in set(lengths)}
+            m = max(table.shape[1] for table in tables.values())
+            rows = [F.pad(tables[n], (0, m - tables[n].shape[1]), value=-1) for n in lengths]
+            self._orders[key] = torch.stack(rows).repeat_interleave(repeat, 0)
+        return self._orders[key]
 
 
 class MapNorm(nn.Module):

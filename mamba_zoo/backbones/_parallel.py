@@ -89,7 +89,8 @@ class ParallelMamba(nn.Module):
         normed = F.rms_norm(x, x.shape[-1:], None, self.eps)
         # The norms of the directions differ in their weights alone, which go into the projections: one product for all.
         weight = self.in_proj.weight * self.norm_weight[:, None]
-        u, z = F.linear(normed.to(x.dtype), weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).chunk(2, dim=-1)
+        k, width, _ = weight.shape
+        u, z = F.linear(normed.to(x.dtype), weight.flatten(0, 1)).unflatten(-1, (k, width)).chunk(2, dim=-1)
         return u, z
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:

@@ -12,28 +12,29 @@ from torch import Tensor, nn
 class Spectrum(nn.Module):
     """The short-time Fourier transform with a periodic Hann window, frames centred on every `hop`-th sample.
 
-    Signals are mirrored at both ends; with `causal` they are continued by zeros, so that a stream can begin before it
-    knows what comes. Everything is computed in float32 at least.
+    Signals are mirrored at both ends, or continued by zeros, as a stream has to be. The first frame of a mirrored
+    signal is symmetric: its phases are 0 or pi, and rounding alone decides between pi and -pi. Everything is computed
+    in float32 at least.
 
     Args:
         n_fft: Samples of a frame.
         hop: Samples between frames.
-        causal: Continue signals by zeros.
+        mirror: Whether signals are mirrored at their ends.
 
     Raises:
         ValueError: `hop` is larger than half a frame, or `n_fft` is odd.
     """
 
-    def __init__(self, n_fft: int, hop: int, causal: bool = False):
+    def __init__(self, n_fft: int, hop: int, mirror: bool = True):
         super().__init__()
         if n_fft % 2 or not 1 <= hop <= n_fft // 2:
             raise ValueError(f"n_fft={n_fft} must be even, and hop={hop} between 1 and half of it")
-        self.n_fft, self.hop, self.causal = n_fft, hop, causal
+        self.n_fft, self.hop, self.mirror = n_fft, hop, mirror
 
     @property
     def shortest(self) -> int:
         """Samples that a signal needs to be mirrored; shorter ones must be filled up with zeros."""
-        return 1 if self.causal else self.n_fft // 2 + 1
+        return self.n_fft // 2 + 1 if self.mirror else 1
 
     def frames(self, samples: int) -> int:
         """Frames of a signal."""
@@ -50,11 +51,11 @@ class Spectrum(nn.Module):
         wave = wave.to(torch.promote_types(wave.dtype, torch.float32))
         n = wave.shape[1]
         if lengths is None or min(lengths) == n:
-            padded = F.pad(wave, (pad, pad), mode="constant" if self.causal else "reflect")
+            padded = F.pad(wave, (pad, pad), mode="reflect" if self.mirror else "constant")
             return self.transform(padded)
         ends = torch.tensor(lengths, device=wave.device)[:, None]
         place = torch.arange(-pad, n + pad, device=wave.device).expand(len(wave), -1)
-        if not self.causal:
+        if self.mirror:
             place = place.abs()
             place = torch.where(place < ends, place, 2 * ends - 2 - place)
         inside = (place >= 0) & (place < ends)
@@ -93,7 +94,7 @@ class Spectrum(nn.Module):
             spectrum: `(b, t, n_fft // 2 + 1)`.
             frames: How many of each signal are real; the others count for nothing.
         """
-        b, steps, _ = spectrum.shape
+        steps = spectrum.shape[1]
         window = torch.hann_window(self.n_fft, dtype=spectrum.real.dtype, device=spectrum.device)
         pieces = torch.fft.irfft(spectrum, self.n_fft) * window
         squares = window.square().expand(1, steps, -1)
@@ -110,14 +111,14 @@ class Spectrum(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"n_fft={self.n_fft}, hop={self.hop}, causal={self.causal}"
+        return f"n_fft={self.n_fft}, hop={self.hop}, mirror={self.mirror}"
 
 
 class SpectrumStream:
-    """Both ends of a stream through a causal `Spectrum`, whose memory is in a dictionary of tensors.
+    """Both ends of a stream through a `Spectrum` that does not mirror, whose memory is in a dictionary of tensors.
 
     Attributes:
-        spectrum: With `causal`.
+        spectrum: Without `mirror`.
     """
 
     def __init__(self, spectrum: Spectrum):

@@ -129,6 +129,9 @@ class SEMamba(Waveforms):
         causal: A model that can be streamed, of our own, which no published weights fit: convolutions look at past
             frames, norms and scans at one frame and those before it, and signals are not scaled. An output sample
             waits for `n_fft - 1` input samples at most.
+        mirror: Continue signals at their ends by mirroring, as the published weights expect, and not by zeros, as
+            causal models do. A mirrored first frame is symmetric, and rounding alone decides whether a phase in it is
+            pi or -pi, which the network takes for opposite values.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -152,6 +155,7 @@ class SEMamba(Waveforms):
         scan: ScanLike | None = None,
         freq_scan: ScanLike | None = None,
         causal: bool = False,
+        mirror: bool = True,
         device=None,
         dtype=None,
     ):
@@ -167,7 +171,7 @@ class SEMamba(Waveforms):
         if causal and self.scan != "raster":
             raise ValueError(f"scan={self.scan!r} looks ahead; a causal model needs 'raster' (freq_scan= is free)")
         self.dim, self.compress, self.beta, self.causal = dim, compress, beta, causal
-        self.spectrum = Spectrum(n_fft, hop, causal)
+        self.spectrum = Spectrum(n_fft, hop, mirror and not causal)
         self.grad_checkpointing = False
         unit: Any = {"causal": causal, **dd}
         self.lift = MapUnit(MapConv(2, dim, **dd), dim, **unit)
@@ -203,8 +207,7 @@ class SEMamba(Waveforms):
         signal, ends = self.prepare(wave, lengths, self.spectrum.shortest)
         scale: Tensor | float = 1.0
         if not self.causal:
-            count = signal.shape[1] if ends is None else torch.tensor(ends, device=wave.device)[:, None]
-            scale = (count / signal.square().sum(1, keepdim=True).clamp_min(_QUIET)).sqrt()
+            scale = _loudness(signal, ends)
         spectrum = self.spectrum.analyse(signal * scale, ends)
         steps = None if ends is None else [self.spectrum.frames(n) for n in ends]
         frames = Frames.of(steps, spectrum.shape[1], spectrum.real)
@@ -279,6 +282,13 @@ class SEMamba(Waveforms):
             raise ValueError("this model looks at the whole signal; only one built with causal=True can be streamed")
 
 
+def _loudness(signal: Tensor, ends: list[int] | None) -> Tensor:
+    """What brings each signal to a mean square of 1: `(b, 1)`."""
+    # Row by row where lengths differ: a sum with other rounding could change the sign of a phase of pi.
+    rows = [signal] if ends is None else [row[None, :n] for row, n in zip(signal, ends, strict=True)]
+    return torch.cat([(row.shape[1] / row.square().sum(1, keepdim=True).clamp_min(_QUIET)).sqrt() for row in rows])
+
+
 def _transposed(weight: Tensor) -> Tensor:
     """A linear layer's weight from that of a transposed convolution of one tap, `(in, out, 1)`."""
     return weight.squeeze(-1).T
@@ -346,8 +356,8 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> SEMamba:
         2_258_769,
         checkpoint="SEMamba_advanced.pth",
         url=f"{_FILES}/SEMamba_advanced.pth",
-        notes="Speech enhancement at 16 kHz. Published PESQ 3.55 on VoiceBank-DEMAND; vd.pth, trained on VCTK-DEMAND and "
-        "DNS-2020, 3.56 and 3.66.",
+        notes="Speech enhancement at 16 kHz. Published PESQ 3.55 on VoiceBank-DEMAND; vd.pth, trained on "
+        "VCTK-DEMAND and DNS-2020, 3.56 and 3.66.",
     ),
     tag="vbd",
     others={"vctk_dns": {"url": f"{_FILES}/vd.pth"}},
@@ -380,6 +390,7 @@ def semamba_mini(pretrained: bool = False, **kwargs: Any) -> SEMamba:
         "depth": 2,
         "d_state": 8,
         "expand": 2,
+        "mirror": False,
         **kwargs,
     }
     return _build("semamba_mini", pretrained, **args)

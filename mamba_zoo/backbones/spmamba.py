@@ -31,11 +31,11 @@ class AxisPath(nn.Module):
 
     Args:
         dim: Width c.
-        taps: Neighbours in a window; windows begin at every token.
+        window: Neighbours in a window; windows begin at every token.
         scan: Orders of the windows, as from `resolve_scan`; "none" leaves the scan and its parameters out.
         d_state: States n.
         d_conv: Taps of the convolutions.
-        expand: Inner width in units of `dim * taps`.
+        expand: Inner width in units of `dim * window`.
         eps: Of the norm of the tokens.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -44,7 +44,7 @@ class AxisPath(nn.Module):
     def __init__(
         self,
         dim: int,
-        taps: int,
+        window: int,
         scan: str,
         d_state: int = 16,
         d_conv: int = 4,
@@ -57,10 +57,10 @@ class AxisPath(nn.Module):
         dd: Any = {"device": device, "dtype": dtype}
         directions = resolve_scan(scan, 1)[1]
         k = directions or 2
-        self.taps, self.scan = taps, scan if directions else "bidirectional"
+        self.window, self.scan = window, scan if directions else "bidirectional"
         self.norm = LayerNorm(dim, eps=eps, **dd)
-        self.mixer = ParallelMamba(dim * taps, d_state, d_conv, expand, k=k, ssm=directions > 0, **dd)
-        self.out = nn.ConvTranspose1d(k * dim * taps, dim, taps, **dd)
+        self.mixer = ParallelMamba(dim * window, d_state, d_conv, expand, k=k, ssm=directions > 0, **dd)
+        self.out = nn.ConvTranspose1d(k * dim * window, dim, window, **dd)
 
     def forward(self, rows: Tensor, frames: Frames, repeat: int = 1) -> Tensor:
         """Sequences `(r, l, dim)` to the same shape.
@@ -70,13 +70,13 @@ class AxisPath(nn.Module):
             frames: Which of them are real, where they are time frames; an empty one otherwise.
             repeat: Sequences of each sample.
         """
-        l, less = rows.shape[1], self.taps - 1
+        l, less = rows.shape[1], self.window - 1
         x = self.norm(rows)
         if frames.mask is not None:
             x = x * frames.mask.flatten(1).repeat_interleave(repeat, 0)[..., None].to(x.dtype)
-        if l < self.taps:
-            x = F.pad(x, (0, 0, 0, self.taps - l))
-        windows = x.unfold(1, self.taps, 1).flatten(2)
+        if l < self.window:
+            x = F.pad(x, (0, 0, 0, self.window - l))
+        windows = x.unfold(1, self.window, 1).flatten(2)
         steps = windows.shape[1]
         y = self.mixer(windows, frames.order(self.scan, steps, repeat, x.device, less))
         if frames.lengths is not None:
@@ -182,7 +182,7 @@ class SPMamba(Waveforms):
     """A mixture of voices to the voices, in an order of its own, from the real and imaginary parts of a spectrogram.
 
     Signals are scaled to a deviation of 1 and back. Every length is taken: clips of at most half a frame are filled up
-    with zeros, and so are fewer than `taps` frames, which the published program refuses.
+    with zeros, and so are fewer than `window` frames, which the published program refuses.
 
     Args:
         sample_rate: Samples per second that the model is for.
@@ -191,12 +191,12 @@ class SPMamba(Waveforms):
         sources: Voices to separate.
         dim: Width.
         depth: Blocks.
-        taps: Neighbours that the mixers see at once.
+        window: Neighbours that the mixers see at once.
         heads: Attention heads.
         query_size: About how many values a query has.
         d_state: States n.
         d_conv: Taps of the mixers' convolutions.
-        expand: Inner width of the mixers in units of `dim * taps`.
+        expand: Inner width of the mixers in units of `dim * window`.
         eps: Of the norms in the blocks.
         scan: Orders of the frames and of the frequencies: one axis, such as "bidirectional", "raster",
             "reverse(raster)" or "random". Each direction has Mamba blocks of its own. "none" leaves the scans out, as a
@@ -217,7 +217,7 @@ class SPMamba(Waveforms):
         sources: int = 2,
         dim: int = 16,
         depth: int = 6,
-        taps: int = 8,
+        window: int = 8,
         heads: int = 4,
         query_size: int = 512,
         d_state: int = 16,
@@ -232,8 +232,8 @@ class SPMamba(Waveforms):
         super().__init__(sample_rate)
         dd: Any = {"device": device, "dtype": dtype}
         freqs = n_fft // 2 + 1
-        if taps > freqs:
-            raise ValueError(f"taps={taps} is more than the {freqs} frequencies of n_fft={n_fft}")
+        if window > freqs:
+            raise ValueError(f"window={window} is more than the {freqs} frequencies of n_fft={n_fft}")
         self.sources = sources
         self.scan = resolve_scan(scan, 1)[0]
         self.freq_scan = resolve_scan(freq_scan if freq_scan is not None else scan, 1)[0]
@@ -244,8 +244,8 @@ class SPMamba(Waveforms):
         settings: Any = {"d_state": d_state, "d_conv": d_conv, "expand": expand, "eps": eps, **dd}
         self.blocks = nn.ModuleList(
             GridBlock(
-                AxisPath(dim, taps, self.freq_scan, **settings),
-                AxisPath(dim, taps, self.scan, **settings),
+                AxisPath(dim, window, self.freq_scan, **settings),
+                AxisPath(dim, window, self.scan, **settings),
                 FrameAttention(dim, heads, freqs, query_size, eps, **dd),
             )
             for _ in range(depth)
@@ -411,7 +411,7 @@ def spmamba_mini(pretrained: bool = False, **kwargs: Any) -> SPMamba:
         "hop": 128,
         "dim": 12,
         "depth": 3,
-        "taps": 4,
+        "window": 4,
         "heads": 2,
         "query_size": 256,
         "d_state": 8,

@@ -1,0 +1,129 @@
+"""Streams: in chunks of any size, or one token after another, a causal model gives what it makes of the whole input."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import mamba_zoo
+from mamba_zoo.backbones._mixer import Mamba
+from mamba_zoo.backbones._streaming import stream
+
+CUTS = [[1], [7], [100], [64, 1, 300]]
+
+
+def chunks(x: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    found, start, i = [], 0, 0
+    while start < x.shape[1]:
+        found.append(x[:, start : start + sizes[i % len(sizes)]])
+        start, i = start + sizes[i % len(sizes)], i + 1
+    return found
+
+
+def causal(**kwargs) -> Any:
+    return mamba_zoo.create_model("semamba_mini", causal=True, dim=8, depth=1, **kwargs).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 2, "reduce": "mean"}, {"ssm": False, "d_conv": 1}], ids=str)
+def test_mixer_by_token_and_by_chunk(options, device):
+    layer = Mamba(6, d_state=3, **options).to(device).eval()
+    x = torch.randn(2, 23, 6, device=device)
+    want = layer(x)
+    state, tokens = layer.init_state(2), []
+    for token in x.unbind(1):
+        y, state = layer.step(token, state)
+        tokens.append(y)
+    torch.testing.assert_close(torch.stack(tokens, 1), want, rtol=1e-4, atol=1e-5)
+    whole = torch.cat(list(stream(layer, x.split(5, dim=1))), dim=1)
+    torch.testing.assert_close(whole, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_of_a_mixer_differentiates():
+    layer = Mamba(4, d_state=2).double()
+    x = torch.randn(1, 9, 4, dtype=torch.float64, requires_grad=True)
+    want = torch.autograd.grad(layer(x).square().sum(), x)[0]
+    first, state = layer.extend(x[:, :4], layer.init_state(1))
+    second, _ = layer.extend(x[:, 4:], state)
+    got = torch.autograd.grad(torch.cat([first, second], 1).square().sum(), x)[0]
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("sizes", [[1], [50], [3, 17]], ids=str)
+def test_sequence_model(sizes, device):
+    model: Any = mamba_zoo.create_model("mamba_sequence", in_chans=2, out_chans=3, dim=16, depth=2).to(device)
+    x = torch.randn(2, 60, 2, device=device)
+    whole = torch.cat(list(stream(model, chunks(x, sizes))), dim=1)
+    torch.testing.assert_close(whole, model(x), rtol=1e-4, atol=1e-5)
+    y, _ = model.step(x[:, 0], model.init_state(2))
+    torch.testing.assert_close(y, model(x)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_sequence_model_contract():
+    model: Any = mamba_zoo.create_model("mamba_sequence", dim=16, depth=2)
+    x = torch.randn(1, 12, 1)
+    want = model(x)
+    model.set_grad_checkpointing()
+    model(x).sum().backward()
+    torch.testing.assert_close(model(x), want)
+    assert all(p.grad is not None for p in model.parameters())
+    assert "blocks.0.mixer.ssm.A_log" in model.no_weight_decay()
+    x[:, 6] += 1
+    torch.testing.assert_close(model(x)[:, :6], want[:, :6])
+    with pytest.raises(ValueError, match="expected \\(b, l, c\\) with c = 1"):
+        model(torch.randn(1, 12, 2))
+
+
+@pytest.mark.parametrize("sizes", CUTS, ids=str)
+@pytest.mark.parametrize("samples", [1, 63, 640, 1001])
+def test_enhancer(sizes, samples, device):
+    if sizes == [1] and samples > 640:
+        sizes = [2]
+    model = causal().to(device)
+    wave = torch.randn(2, samples, device=device)
+    with torch.no_grad():
+        want = model(wave)
+    got = torch.cat(list(stream(model, chunks(wave, sizes))), dim=1)
+    assert got.shape == wave.shape
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_an_enhancers_memory_does_not_grow_and_its_states_are_values():
+    model = causal()
+    state, sizes = model.init_state(1), []
+    for _ in range(6):
+        before = {name: value.clone() for name, value in state.items()}
+        _, new = model.step(torch.randn(1, 512), state)
+        assert all(torch.equal(state[name], value) for name, value in before.items()), "a step changed its input"
+        state = new
+        sizes.append(sum(value.numel() for value in state.values()))
+    assert len(set(sizes[2:])) == 1
+
+
+def test_delay_is_less_than_a_frame():
+    model = causal()
+    state, out = model.init_state(1), 0
+    for i in range(1, 1200):
+        y, state = model.step(torch.randn(1, 1), state)
+        out += y.shape[1]
+        assert i - out < model.spectrum.n_fft
+
+
+def test_causal_enhancers_look_at_the_past_alone():
+    model, wave = causal(), torch.randn(1, 2000)
+    with torch.no_grad():
+        before = model(wave)
+        wave[:, 1200:] += 1
+        after = model(wave)
+    reach = 1200 - model.spectrum.n_fft
+    torch.testing.assert_close(after[:, :reach], before[:, :reach])
+    assert (after[:, 1200:] - before[:, 1200:]).abs().max() > 1e-4
+
+
+def test_models_that_look_ahead_refuse():
+    model: Any = mamba_zoo.create_model("semamba_mini", dim=8, depth=1)
+    with pytest.raises(ValueError, match="built with causal=True"):
+        model.init_state(1)
+    with pytest.raises(ValueError, match="looks ahead"):
+        causal(scan="bidirectional")
+    with pytest.raises(ValueError, match="2 signals, but the state is of 1"):
+        causal().step(torch.zeros(2, 4), causal().init_state(1))
