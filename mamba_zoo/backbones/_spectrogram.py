@@ -54,8 +54,8 @@ class SpectrogramTokens(Tokens):
     """The token models of spectrograms: `Tokens` whose inputs are `(b, frames, mel_bins)`, or waveforms `(b, samples)`.
 
     Token (f, t) of a grid of f patches along frequency and t along time is `f * frames + t`. Subclasses say where the
-    class token stands (`class_index`), how positions are resized (`resize_positions`), and what their blocks take for an
-    order (`visits`).
+    class token stands (`class_index`), how positions are resized (`resize_positions`), and what their blocks take for
+    an order (`visits`).
 
     Recordings of unequal length give what each gives alone: padded to `(b, frames, mel_bins)` with `lengths`, or packed
     one after another in `(1, frames, mel_bins)` with `cu_seqlens`.
@@ -85,8 +85,8 @@ class SpectrogramTokens(Tokens):
 
     def __init__(
         self, blocks: Any, norm: nn.Module, dim: int, mel_bins: int, frames: int, patch_size: Pair, stride: Pair,
-        token_scans: tuple[str, ...], front_end: str | dict[str, Any] | FrontEnd | None, sample_rate: int | None, in_chans: int,
-        num_classes: int, global_pool: str, drop_rate: float, drop_path: float, device=None, dtype=None,
+        token_scans: tuple[str, ...], front_end: str | dict[str, Any] | FrontEnd | None, sample_rate: int | None,
+        in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path: float, device=None, dtype=None,
     ):  # fmt: skip
         dd: Any = {"device": device, "dtype": dtype}
         super().__init__(
@@ -118,7 +118,7 @@ class SpectrogramTokens(Tokens):
         raise NotImplementedError
 
     def input_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one spectrogram of `height` bands and `width` frames: `(frames, bands)`, after the channels if any."""
+        """Shape of a spectrogram of `height` bands and `width` frames: `(frames, bands)`, after the channels if any."""
         return (width, height) if self.in_chans == 1 else (self.in_chans, width, height)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

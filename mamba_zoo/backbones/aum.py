@@ -352,8 +352,8 @@ def aum_small(pretrained: bool = False, **kwargs: Any) -> AuM:
     _aum(
         92_107_535,
         "Fo-Bi. Official README, from scratch: AudioSet 32.74 mAP, AS-20K 14.05 mAP, VGGSound 42.97 %, VoxCeleb 33.12 "
-        "%, Speech Commands V2 94.44 %, EPIC-SOUNDS 44.92 %; after AudioSet: VGGSound 46.78 %, VoxCeleb 41.82 %, Speech "
-        f"Commands V2 94.82 %, EPIC-SOUNDS 48.31 %; a tag for each data set. {_FILES}",
+        "%, Speech Commands V2 94.44 %, EPIC-SOUNDS 44.92 %; after AudioSet: VGGSound 46.78 %, VoxCeleb 41.82 %, "
+        f"Speech Commands V2 94.82 %, EPIC-SOUNDS 48.31 %; a tag for each data set. {_FILES}",
         "aum-base_scratch-audioset.pth",
     ),
     tag="audioset",
