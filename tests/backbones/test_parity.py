@@ -20,7 +20,7 @@ from torch import Tensor
 
 import mamba_zoo
 
-from . import parity_audio, parity_points, parity_series, parity_speech, parity_vision, synth
+from . import parity_audio, parity_graph, parity_points, parity_series, parity_speech, parity_vision, synth
 from .parity_family import Family
 
 ROOT = Path(os.environ.get("MAMBA_ZOO_PARITY") or Path(__file__).parent / "fixtures")
@@ -31,8 +31,8 @@ TOLERANCE, PROBE_TOLERANCE = 2e-5, 1e-4
 PROBE_TOLERANCES = {"local_vim_tiny": 2e-4}
 
 FAMILIES: dict[str, Family] = {
-    **parity_graph.FAMILIES,
     **parity_audio.FAMILIES,
+    **parity_graph.FAMILIES,
     **parity_points.FAMILIES,
     **parity_series.FAMILIES,
     **parity_speech.FAMILIES,
@@ -51,7 +51,7 @@ def test_computes_what_was_published(name: str, tmp_path: Path) -> None:
     if folder == "lm" and not fixture["source"].endswith("mamba_simple.py::Mamba"):
         pytest.fail(f"{fixture['source']} is not built")
     architecture, arguments = family.arguments(fixture["kwargs"])
-    made = {key: spec for key, spec in fixture["inputs"].items() if "shape" in spec}  # others are stored as they are
+    made = {key: spec for key, spec in fixture["inputs"].items() if "name" in spec}  # others are stored as they are
     inputs = {key: torch.from_numpy(synth.synth_input(**spec)) for key, spec in made.items()}
     base = scaled(synth.synth_state(fixture["state"]), fixture.get("state_scale", {}))
     errors = {}
