@@ -180,15 +180,21 @@ def check_window(x: Tensor, seq_len: int, in_chans: int) -> None:
         )
 
 
-def series_scan(scan: ScanLike, *size: int) -> tuple[str, int]:
-    """A `scan=` argument as a specification, and its number of directions on the grid `size`.
+def series_scan(scan: ScanLike, published: str, *size: int) -> tuple[str, int, bool]:
+    """A `scan=` argument as a specification, its number of directions, and whether there is a scan at all.
+
+    Args:
+        scan: What the user gave; "none" leaves the scan out and keeps the convolutions of `published`.
+        published: The order of the published model.
+        size: Of the grid.
 
     Raises:
         ValueError: an unknown name, or one that does not fit the grid.
         TypeError: no name, `Scan` or function.
     """
-    spec = as_spec(scan)
-    return spec, scan.k if isinstance(scan, Scan) else build_scan(spec, *size).k
+    ssm = not (isinstance(scan, str) and scan == "none")
+    spec = as_spec(scan if ssm else published)
+    return spec, scan.k if isinstance(scan, Scan) else build_scan(spec, *size).k, ssm
 
 
 torch.fx.wrap("check_window")

@@ -50,19 +50,28 @@ class PlainMamba(nn.Module):
         expand: Inner width in units of `dim`.
         dropout: Of the projection to steps, B and C.
         k: Directions, which are added.
+        ssm: False leaves the scan and its parameters out.
         device: Of the parameters.
         dtype: Of the parameters.
     """
 
     def __init__(
-        self, dim: int, d_state: int = 16, expand: float = 2, dropout: float = 0.0, k: int = 1, device=None, dtype=None
+        self,
+        dim: int,
+        d_state: int = 16,
+        expand: float = 2,
+        dropout: float = 0.0,
+        k: int = 1,
+        ssm: bool = True,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         dd: Any = {"device": device, "dtype": dtype}
         inner = int(expand * dim)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.ssm = SelectiveSSM(inner, d_state, resolve_dt_rank("auto", dim), k, **dd)
-        if dropout > 0:
+        self.ssm = SelectiveSSM(inner, d_state, resolve_dt_rank("auto", dim), k, **dd) if ssm else None
+        if dropout > 0 and self.ssm is not None:
             x_proj = self.ssm.x_proj.weight
             self.ssm.x_proj = _DroppedLinear(dropout, k, x_proj.shape[2], x_proj.shape[1], **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
@@ -70,7 +79,8 @@ class PlainMamba(nn.Module):
     def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
         """Tokens `(b, l, dim)`, visited by `order` `(k, m)` or `(b, k, m)`, to `(b, l, dim)`."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.ssm(x, z, order, "sum").to(x.dtype))
+        y = x * F.silu(z) if self.ssm is None else self.ssm(x, z, order, "sum")
+        return self.out_proj(y.to(x.dtype))
 
 
 class MambaTS(SeriesModel):
@@ -90,7 +100,8 @@ class MambaTS(SeriesModel):
         patch_size: Steps of a patch.
         d_state: States n.
         expand: Inner width of the mixers in units of `dim`.
-        scan: "learned", or an order of the tokens on the grid `(v, seq_len / patch_size)`, used in training as well.
+        scan: "learned", or an order of the tokens on the grid `(v, seq_len / patch_size)`, used in training as
+            well. "none" scans nothing, so that patches do not meet before the head.
         use_norm: Normalise every window.
         dropout: Of the projections to step sizes, B and C.
         drop_rate: Dropout before the classifier.
@@ -131,10 +142,11 @@ class MambaTS(SeriesModel):
         )
         self.patch_size, self.patches = patch_size, patches
         self.learned = isinstance(scan, str) and scan == LEARNED
-        self.scan, k = ("forward", 1) if self.learned else series_scan(scan, in_chans, patches)
+        given: ScanLike = "forward" if self.learned else scan
+        self.scan, k, ssm = series_scan(given, "forward", in_chans, patches)
         self.embed = nn.Linear(patch_size, dim, bias=False, **dd)
         self.blocks = nn.ModuleList(
-            AddNormBlock(dim, PlainMamba(dim, d_state, expand, dropout, k, **dd), norm=LayerNorm, **dd)
+            AddNormBlock(dim, PlainMamba(dim, d_state, expand, dropout, k, ssm, **dd), norm=LayerNorm, **dd)
             for _ in range(depth)
         )
         self.norm = LayerNorm(dim, **dd)

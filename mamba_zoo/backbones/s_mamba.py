@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from timm.layers._fx import register_notrace_module
 from timm.layers.mlp import Mlp
 from timm.models._manipulate import checkpoint
@@ -37,17 +38,20 @@ class ApartMamba(nn.Module):
         d_conv: Taps of the convolution.
         expand: Inner width of each layer in units of `dim`.
         k: Directions.
+        ssm: False leaves the scan and its parameters out.
         device: Of the parameters.
         dtype: Of the parameters.
     """
 
-    def __init__(self, dim: int, d_state: int, d_conv: int, expand: float, k: int, device=None, dtype=None):
+    def __init__(
+        self, dim: int, d_state: int, d_conv: int, expand: float, k: int, ssm: bool = True, device=None, dtype=None
+    ):
         super().__init__()
         dd: Any = {"device": device, "dtype": dtype}
         self.k, self.inner = k, int(expand * dim)
         self.in_proj = nn.Linear(dim, k * 2 * self.inner, bias=False, **dd)
         self.conv = CausalConv1d(k, self.inner, d_conv, **dd)
-        self.ssm = SelectiveSSM(self.inner, d_state, resolve_dt_rank("auto", dim), k, **dd)
+        self.ssm = SelectiveSSM(self.inner, d_state, resolve_dt_rank("auto", dim), k, **dd) if ssm else None
         self.out_proj = nn.Linear(k * self.inner, dim, bias=False, **dd)
         # One weight for all directions, but each starts as a layer of its own.
         nn.init.uniform_(self.out_proj.weight, -(self.inner**-0.5), self.inner**-0.5)
@@ -56,7 +60,8 @@ class ApartMamba(nn.Module):
         """Tokens `(b, l, dim)`, visited by `order` `(k, m)`, to `(b, l, dim)`."""
         x, z = self.in_proj(x).unflatten(-1, (self.k, 2, self.inner)).unbind(-2)
         u = self.conv(x, order)
-        return self.out_proj(self.ssm(u, z, order).to(u.dtype).flatten(2))
+        y = u * F.silu(z) if self.ssm is None else self.ssm(u, z, order)
+        return self.out_proj(y.to(u.dtype).flatten(2))
 
 
 class Block(nn.Module):
@@ -101,7 +106,7 @@ class SMamba(SeriesModel):
         expand: Inner width of the mixers in units of `dim`.
         scan: Order of the variates, on the grid `(v,)`: "bidirectional" as they are stored, or any other of
             `mamba_zoo.scans`; see `scans.correlation_scan`. Each direction has a mixer of its own. Marks are tokens
-            after the variates: the grid is then `(v + marks,)`.
+            after the variates: the grid is then `(v + marks,)`. "none" keeps the convolutions but scans nothing.
         use_norm: Normalise every window.
         dropout: In the embedding and the MLPs.
         drop_rate: Dropout before the classifier.
@@ -133,11 +138,11 @@ class SMamba(SeriesModel):
     ):
         dd: Any = {"device": device, "dtype": dtype}
         super().__init__(in_chans, seq_len, pred_len, num_classes, dim, use_norm=use_norm, drop_rate=drop_rate, **dd)
-        self.scan, k = series_scan(scan, in_chans)
+        self.scan, k, ssm = series_scan(scan, "bidirectional", in_chans)
         self.embed = nn.Linear(seq_len, dim, **dd)
         self.embed_drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(dim, ApartMamba(dim, d_state, d_conv, expand, k, **dd), d_ff or dim, dropout, **dd)
+            Block(dim, ApartMamba(dim, d_state, d_conv, expand, k, ssm, **dd), d_ff or dim, dropout, **dd)
             for _ in range(depth)
         )
         self.norm = LayerNorm(dim, **dd)

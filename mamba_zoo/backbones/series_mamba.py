@@ -39,7 +39,7 @@ class SeriesMamba(SeriesModel):
         d_state: States n.
         d_conv: Taps of the convolution.
         expand: Inner width of the mixers in units of `dim`.
-        scan: Order of the steps on the grid `(l,)`; "forward" is causal.
+        scan: Order of the steps on the grid `(l,)`; "forward" is causal, "none" keeps the convolutions but scans nothing.
         use_norm: Normalise every series by its own mean and deviation.
         drop_rate: Dropout before the head.
         drop_path_rate: Stochastic depth of the last block, rising linearly to it.
@@ -73,11 +73,11 @@ class SeriesMamba(SeriesModel):
         dd: Any = {"device": device, "dtype": dtype}
         self.per_step = not pred_len
         super().__init__(in_chans, seq_len, pred_len, num_classes, dim, use_norm=use_norm, drop_rate=drop_rate, **dd)
-        self.scan, k = series_scan(scan, seq_len)
+        self.scan, k, ssm = series_scan(scan, "bidirectional", seq_len)
         self.embed = nn.Linear(in_chans, dim, **dd)
         rates = torch.linspace(0, drop_path_rate, depth).tolist()
         self.blocks = nn.ModuleList(
-            AddNormBlock(dim, Mamba(dim, d_state, d_conv, expand, k=k, reduce="mean", **dd), rate, **dd)
+            AddNormBlock(dim, Mamba(dim, d_state, d_conv, expand, k=k, reduce="mean", ssm=ssm, **dd), rate, **dd)
             for rate in rates
         )
         self.norm = RMSNorm(dim, **dd)

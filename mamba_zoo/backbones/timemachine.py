@@ -41,7 +41,7 @@ class TimeMachine(SeriesModel):
         affine: Learn a scale and an offset of every variate in the normalisation.
         dropout: Of both embeddings.
         scan: Order of what is scanned: of the values of an embedding on the grids `(n1,)` and `(n2,)`, or of the
-            variates on `(v,)`.
+            variates on `(v,)`. "none" keeps the convolutions but scans nothing.
         drop_rate: Dropout before the classifier.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -72,7 +72,7 @@ class TimeMachine(SeriesModel):
         dd: Any = {"device": device, "dtype": dtype}
         super().__init__(in_chans, seq_len, pred_len, num_classes, 2 * n1, drop_rate=drop_rate, **dd)
         self.independent = independent
-        self.scan, k = series_scan(scan, n1 if independent else in_chans)
+        self.scan, k, ssm = series_scan(scan, "forward", n1 if independent else in_chans)
         self.scale = nn.Parameter(torch.ones(in_chans, **dd)) if affine else None
         self.offset = nn.Parameter(torch.zeros(in_chans, **dd)) if affine else None
         self.lin1 = nn.Linear(seq_len, n1, **dd)
@@ -80,7 +80,7 @@ class TimeMachine(SeriesModel):
         self.dropout = nn.Dropout(dropout)
         widths = {"mamba1": 1 if independent else n2, "mamba2": n2, "mamba3": n1, "mamba4": 1 if independent else n1}
         for name, width in widths.items():
-            self.add_module(name, Mamba(width, d_state, d_conv, expand, k=k, **dd))
+            self.add_module(name, Mamba(width, d_state, d_conv, expand, k=k, ssm=ssm, **dd))
         self.lin3 = nn.Linear(n2, n1, **dd)
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
