@@ -19,6 +19,9 @@ def points_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
     return {
         "PointMambaScan": pointmamba_arguments,
         "Point_MAE_Mamba_serializationV2": pretraining_arguments,
+        "PointMamba": pointmamba_v1_arguments,
+        "Mamba3D": mamba3d_arguments,
+        "pt_mamba": pointmamba_v1_parts_arguments,
     }[name](kwargs)
 
 
@@ -32,6 +35,35 @@ def pointmamba_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
         "dim": kwargs["trans_dim"],
         "depth": kwargs["depth"],
         "drop_path_rate": kwargs["drop_path"],
+    }
+
+
+def pointmamba_v1_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    return "pointmamba_v1", pointmamba_arguments(kwargs)[1]
+
+
+def pointmamba_v1_parts_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    config = kwargs["config"]
+    require(config, rms_norm=False, use_cls_token=False, drop_out=0.0)
+    return "pointmamba_v1_parts", {
+        "num_classes": kwargs["cls_dim"],
+        "dim": config["trans_dim"],
+        "depth": config["depth"],
+        "taps": tuple(config["fetch_idx"]),
+        "drop_path_rate": config["drop_path"],
+    }
+
+
+def mamba3d_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    require(kwargs, encoder_dims=kwargs["trans_dim"], bimamba_type="v4", ordering=False)
+    return "mamba3d", {
+        "num_classes": kwargs["cls_dim"],
+        "groups": kwargs["num_group"],
+        "group_size": kwargs["group_size"],
+        "dim": kwargs["trans_dim"],
+        "depth": kwargs["depth"],
+        "neighbours": kwargs["center_local_k"],
+        "drop_path_rate": kwargs["drop_path_rate"],
     }
 
 
@@ -54,6 +86,16 @@ def points_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -
     name = fixture["kwargs"].get("NAME", "")
     if name == "Point_MAE_Mamba_serializationV2":
         return pretraining_run(model, inputs, fixture)
+    if name == "Mamba3D":
+        check_indices(model, inputs["x"], fixture)
+        block = model.blocks[0]
+        with recorded(
+            tokens=model.patch_embed, lfa0=block.local, mixer0=block.mixer, block0=block, norm=model.norm
+        ) as outputs:
+            logits = model(inputs["x"])
+        return {**outputs, "logits": logits}
+    if "config" in fixture["kwargs"]:
+        return parts_run(model, inputs, fixture)
     return pointmamba_run(model, inputs, fixture)
 
 
@@ -67,6 +109,27 @@ def pointmamba_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any
     outputs |= {"sequence": embedded, "block0": hidden + residual}
     along = {key: along_order(outputs[key], order) for key in ("sequence", "block0", "blocks")}
     return {"tokens": outputs["tokens"], "logits": logits, **along}
+
+
+def parts_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
+    x = cloud_of(inputs["x"])
+    logits = model(x, shape_labels(fixture)).log_softmax(-1)
+    return dict.fromkeys(fixture["outputs"], logits)
+
+
+def cloud_of(x: Tensor) -> Tensor:
+    """Coordinates last."""
+    return x if x.shape[-1] == 3 else x.transpose(1, 2)
+
+
+def shape_labels(fixture: dict[str, Any]) -> Tensor:
+    """The stored label of each cloud's shape, as numbers or one-hot."""
+    stored = next(
+        torch.tensor(fixture["inputs"][key]["values"]) for key in ("cls", "label") if key in fixture["inputs"]
+    )
+    if stored.dim() > 1 and stored.shape[-1] > 1:
+        return stored.reshape(-1, stored.shape[-1]).argmax(-1)
+    return stored.reshape(-1).long()
 
 
 def pretraining_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
