@@ -6,13 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._data import TaskData
+    from ._task import Task
     from .classification import ImageClassifier
     from .image_data import ImageData
+    from .registry import load_task
     from .train import train_once
 
-_WHERE = {"ImageClassifier": "classification", "ImageData": "image_data", "train_once": "train"}
+_WHERE = {
+    "ImageClassifier": "classification",
+    "ImageData": "image_data",
+    "Task": "_task",
+    "TaskData": "_data",
+    "load_task": "registry",
+    "train_once": "train",
+}
 
-__all__ = ["ImageClassifier", "ImageData", "train_once"]
+__all__ = ["ImageClassifier", "ImageData", "Task", "TaskData", "load_task", "train_once"]
 
 
 def __getattr__(name: str) -> Any:

@@ -191,12 +191,13 @@ def scan_statistics(c: Comparison, scan: str) -> dict[str, float] | None:
 
 
 def _built(c: Comparison, scan: str):
-    if scan == "none":
+    grid = c.settings.get("grid", (14, 14))
+    if scan == "none" or grid is None:
         return None
     if scan == "random" and (k := c.settings.get("random_directions")):
         scan = f"random(seed={c.seeds[0]}, k={k})"
     try:
-        return build_scan(scan, *c.settings.get("grid", (14, 14)))
+        return build_scan(scan, *grid)
     except ValueError:  # an object that only the training process knew, or a scan of another grid
         return None
 

@@ -51,14 +51,14 @@ def _load(name: str | None, checkpoint: str | None, image_size: int | None) -> t
 
     if checkpoint is not None and (Path(checkpoint).is_dir() or checkpoint.endswith(".ckpt")):
         from .checkpoints import read_checkpoint
-        from .classification import ImageClassifier
+        from .registry import load_task
 
         if "hyper_parameters" in read_checkpoint(checkpoint):
-            classifier = ImageClassifier.from_checkpoint(checkpoint)
+            classifier = load_task(checkpoint)
             if name not in (None, classifier.name):
                 raise ValueError(f"{checkpoint} holds {classifier.name}, not {name}")
             known = classifier.hparams.get("preprocess")
-            fallback = Preprocess.for_model(classifier.name, image_size, classifier.hparams["in_chans"])
+            fallback = Preprocess.for_model(classifier.name, image_size, classifier.hparams.get("in_chans", 3))
             return classifier.inference_net, Preprocess.from_dict(known) if known else fallback
     if name is None:
         raise ValueError("give --model NAME, or --checkpoint with a run of mamba-zoo fit")

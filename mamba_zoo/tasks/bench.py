@@ -1,4 +1,4 @@
-"""`mamba-zoo bench`: how fast one image model runs and trains on this machine, and with how much memory."""
+"""`mamba-zoo bench`: how fast one image or video model runs and trains on this machine, and with how much memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import mamba_zoo
 
-from .building import build_model, image_input
+from .building import build_model, image_input, input_shape
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WARMUP, _LEAST, _MOST = 2, 5, 50
@@ -79,7 +79,7 @@ def bench_model(
 
     Args:
         model: In float32; lower precisions run under autocast, as training does.
-        x: Images `(b, channels, height, width)`.
+        x: Images `(b, channels, height, width)`, or clips `(b, channels, frames, height, width)`.
         dtype: float32, bfloat16 or float16.
         train: Also time training steps: forward, backward and AdamW.
         seconds: Time to spend on each row.
@@ -116,7 +116,7 @@ def bench_model(
 
 def main(argv: Sequence[str]) -> int:
     """Run `mamba-zoo bench`."""
-    parser = argparse.ArgumentParser("mamba-zoo bench", description="Speed and memory of an image model here.")
+    parser = argparse.ArgumentParser("mamba-zoo bench", description="Speed and memory of an image or video model here.")
     parser.add_argument("name", help="as in mamba-zoo list, or a model of timm to compare with")
     parser.add_argument("--scan", help="scan order; default: the published one")
     parser.add_argument("--batch-size", type=int, help="images a step; default: 64 on a GPU, 1 on a CPU")
@@ -133,9 +133,10 @@ def main(argv: Sequence[str]) -> int:
     batch = args.batch_size or (64 if device.type == "cuda" else 1)
     channels, size = image_input(args.name, args.image_size)
     model = build_model(args.name, args.scan, 1000, channels, args.image_size, False, None, None, None).to(device)
+    shape = input_shape(model, channels, size)
     found = bench_model(
         model,
-        torch.rand(batch, channels, size, size, device=device),
+        torch.rand(batch, *shape, device=device),
         _DTYPES[args.dtype],
         not args.no_train,
         args.seconds,
@@ -146,6 +147,7 @@ def main(argv: Sequence[str]) -> int:
         "scan": args.scan,
         "batch": batch,
         "image_size": size,
+        "input_shape": shape,
         "dtype": args.dtype,
         "device": where,
         "threads": torch.get_num_threads(),
@@ -166,8 +168,9 @@ def main(argv: Sequence[str]) -> int:
             key, f"{t.milliseconds:.2f}", f"{t.spread:.1%}", f"{t.images_per_second:,.1f}", memory, str(t.steps)
         )
     threads = "" if device.type == "cuda" else f", {facts['threads']} threads"
+    size_text = "x".join(map(str, shape[1:]))
     console.print(
-        f"{args.name}, {facts['parameters'] / 1e6:.1f} M parameters, {batch} x {size}x{size}, {args.dtype}\n"
+        f"{args.name}, {facts['parameters'] / 1e6:.1f} M parameters, {batch} x {size_text}, {args.dtype}\n"
         f"{where}{threads}, torch {torch.__version__}",
         highlight=False,
         soft_wrap=True,

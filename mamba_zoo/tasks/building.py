@@ -1,14 +1,13 @@
-"""The parts a classifier is put together from: the model, what is frozen, the mixing of images, the metrics."""
+"""The parts a task is put together from: the model, what is frozen, the mixing of images."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import timm
 import torch
 from torch import nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
 import mamba_zoo
 
@@ -25,8 +24,21 @@ def build_model(
     checkpoint_path: str | None,
     drop_rate: float | None,
     drop_path_rate: float | None,
+    more: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """The model, leaving to it whatever is None, tried once on an empty image.
+    """The model, leaving to it whatever is None, tried once on an empty image or clip.
+
+    Args:
+        name: As in `mamba_zoo.list_models()`, or any model of timm.
+        scan: Scan order.
+        num_classes: Outputs.
+        in_chans: Channels of the images.
+        img_size: Height and width in pixels; only models whose weights depend on it are told.
+        pretrained: Start from the published weights.
+        checkpoint_path: Start from a published checkpoint file.
+        drop_rate: Dropout before the head.
+        drop_path_rate: Stochastic depth.
+        more: Further arguments of the model.
 
     Raises:
         ValueError: an unknown name, or images the model cannot take.
@@ -39,13 +51,15 @@ def build_model(
         "checkpoint_path": checkpoint_path,
         "drop_rate": drop_rate,
         "drop_path_rate": drop_path_rate,
+        **(more or {}),
     }
     options |= {key: value for key, value in given.items() if value is not None}
     cfg = _cfg(name)
     if img_size is not None and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = img_size
     net = mamba_zoo.create_model(name, **options)
-    try_image(net, name, in_chans, image_input(name, img_size)[1])
+    side = image_input(name, img_size)[1]
+    try_image(net, name, input_shape(net, in_chans, side), side)
     return net
 
 
@@ -66,18 +80,25 @@ def image_input(name: str, size: int | None) -> tuple[int, int]:
     return (shape[0], size or shape[-1]) if shape else (3, size or 224)
 
 
+def input_shape(net: nn.Module, in_chans: int, size: int) -> tuple[int, ...]:
+    """Shape of one input without the batch: `(c, size, size)`, or what the model itself says, such as a clip's."""
+    if hasattr(net, "input_shape"):
+        return tuple(cast(Any, net).input_shape(size, size))
+    return (in_chans, size, size)
+
+
 def _cfg(name: str) -> Any:
     return timm.get_pretrained_cfg(name) if timm.is_model(name) else None
 
 
-def try_image(net: nn.Module, name: str, in_chans: int, size: int) -> None:
-    """Run one empty image through the model, so that a wrong size ends here and not in the middle of a run."""
+def try_image(net: nn.Module, name: str, shape: tuple[int, ...], size: int) -> None:
+    """Run one empty input through the model, so that a wrong size ends here and not in the middle of a run."""
     was_training = net.training
     net.eval()
     parameter = next(net.parameters())
     try:
         with torch.no_grad():
-            net(parameter.new_zeros(1, in_chans, size, size))
+            net(parameter.new_zeros(1, *shape))
     except (RuntimeError, ValueError, AssertionError) as error:
         patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
         side = max(patch) if isinstance(patch, (tuple, list)) else patch
@@ -120,15 +141,3 @@ def make_mixer(mixup: float, cutmix: float, label_smoothing: float, num_classes:
     from timm.data.mixup import Mixup
 
     return Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
-
-
-def classification_metrics(num_classes: int, split: str) -> MetricCollection:
-    """Top-1, top-5 where there are more than five classes, macro F1, and the expected calibration error (15 bins)."""
-    metrics: dict[str, Any] = {
-        "top1": MulticlassAccuracy(num_classes, average="micro"),
-        "f1": MulticlassF1Score(num_classes, average="macro"),
-        "ece": MulticlassCalibrationError(num_classes),
-    }
-    if num_classes > 5:
-        metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
-    return MetricCollection(metrics, prefix=f"{split}/")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import itertools
 import operator
 import time
 from collections.abc import Mapping, Sequence
@@ -10,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from ._comparison import Comparison, Metric, analyse
-from ._image_runs import Trainer, image_trainer
 from ._run_store import RunStore, make_run
+from ._task_runs import Trainer, task_trainer
 from .environment import machine
+from .registry import DEFAULT, TASKS, TaskEntry, find_task
 
 CONTROLS = ("random", "none")
 
 
 def orders(
-    model: str = "vmamba_mini",
-    data: Any = "digits",
+    model: str | None = None,
+    data: Any = None,
     scans: Sequence[Any] = ("cross", "hilbert", "snake"),
     seeds: int | Sequence[int] = 3,
     epochs: int = 20,
@@ -33,10 +36,11 @@ def orders(
     model_options: Mapping[str, Any] | None = None,
     trainer_options: Mapping[str, Any] | None = None,
     train: Trainer | None = None,
-    grid: tuple[int, ...] = (14, 14),
+    grid: tuple[int, ...] | None = None,
     keep_checkpoints: bool = False,
     report: bool = True,
     progress: bool = True,
+    task: str = DEFAULT,
 ) -> Comparison:
     """Train `model` once for every order and seed, and say which differences are real.
 
@@ -46,8 +50,9 @@ def orders(
     `report.html`, a single file.
 
     Args:
-        model: A model that takes a `scan`.
-        data: "digits", a folder of images, "torchvision:NAME", or an `ImageData`. With `train`, any text.
+        model: A model that takes a `scan`; None is the task's own choice, for images vmamba_mini.
+        data: What `--data.root` of the task takes, such as "digits", a folder of images or "torchvision:NAME"; or the
+            task's data as an object, such as an `ImageData`. None is the task's own choice. With `train`, any text.
         scans: Names or specs such as "window(2)", or `Scan` objects. A function must be registered first.
         seeds: How many (0, 1, ...), or which. 3 find large differences only; the verdict says how large.
         epochs: Budget of every run.
@@ -57,50 +62,59 @@ def orders(
         reference: The order that all others are compared to; None is the first.
         match_directions: Repeat the directions of orders that have fewer, so that all have the same number of
             parameters. Otherwise orders run as they are published, and the report says where sizes differ.
-        metric: What to compare; None is the accuracy on the test set.
+        metric: What to compare; None is the score of the task on the test set, for classifiers the accuracy.
         alpha: Error rate of all comparisons with the reference together.
-        data_options: Arguments of `ImageData` beside `root`, such as `{"batch_size": 128}`.
-        model_options: Arguments of `ImageClassifier`, such as `{"lr": 2e-3}`.
+        data_options: Arguments of the task's data beside `root`, such as `{"batch_size": 128}`.
+        model_options: Arguments of the task, such as `{"lr": 2e-3}`.
         trainer_options: Arguments of Lightning's `Trainer`, such as `{"precision": "bf16-mixed"}`.
-        train: Instead of an image classifier: a function of (scan, seed, folder) that trains once and returns a mapping
+        train: Instead of a task: a function of (scan, seed, folder) that trains once and returns a mapping
             with the metric and, where it has them, `curve` (pairs of epoch and validation score), `items` (score of
-            every test example, in a fixed order), `parameters`, `seconds`, `images_per_second`,
-            `inference_images_per_second` and `peak_memory_bytes`. What it depends on belongs into `model_options`.
-        grid: The grid on which the report draws and describes the orders.
+            every test example, in a fixed order), `parameters`, `seconds`, `images_per_second` (or whatever an example
+            is), `inference_images_per_second` and `peak_memory_bytes`. What it depends on belongs into `model_options`.
+        grid: The grid on which the report draws and describes the orders; None is that of the task.
         keep_checkpoints: Keep the weights of finished runs too.
         report: Write `report.html`.
         progress: Show what runs, and how long it will take.
+        task: What is trained, one of `mamba_zoo.tasks.registry.TASKS`.
 
     Raises:
         ValueError: an unknown order, fewer than two of them, or an `out` that holds runs with other settings.
         KeyboardInterrupt: after Ctrl-C; a partial report is there, and calling again goes on.
     """
     seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(operator.index(s) for s in seeds)
+    entry = find_task(task)
+    model = str(model or _default(entry.model_class, "name"))
+    grid = grid or entry.model_class.grid
+    if metric is None:
+        metric = Metric() if train is not None else entry.model_class.metric()
     names, specs = _specs(scans, controls, seeds, reference, match_directions, grid)
     controls = [c for c in controls if c in names]
     reference = reference or names[0]
-    images = None if train is not None else _images(data, model, data_options)
+    items = None if train is not None else _data(entry, data, model, data_options)
+    root = _default(entry.data_class, "root") if data is None else data
     store = RunStore(
         out,
         {
             "model": model,
-            "data": dict(images.hparams) if images is not None else {"root": str(data), **(data_options or {})},
+            "data": dict(items.hparams) if items is not None else {"root": str(root), **(data_options or {})},
             "epochs": epochs,
             "match_directions": match_directions,
             "model_options": dict(model_options or {}),
             "trainer_options": dict(trainer_options or {}),
             "random_directions": specs["random", seeds[0]][1] if "random" in controls else None,
+            **({} if task == DEFAULT else {"task": task}),
         },
     )
     plan = {
         "scans": [n for n in names if n not in controls], "controls": controls, "seeds": list(seeds),
-        "reference": reference, "metric": dataclasses.asdict(metric or Metric()), "alpha": alpha, "grid": list(grid),
+        "reference": reference, "metric": dataclasses.asdict(metric), "alpha": alpha,
+        "grid": None if grid is None else list(grid),
     }  # fmt: skip
     store.write_plan(plan)
     if train is None:
-        train = image_trainer(model, images, epochs, model_options or {}, trainer_options or {}, keep_checkpoints)
+        train = task_trainer(task, model, items, epochs, model_options or {}, trainer_options or {}, keep_checkpoints)
     try:
-        _train_missing(store, plan, specs, train, metric or Metric(), progress)
+        _train_missing(store, plan, specs, train, metric, progress)
     finally:
         comparison = load(out)
         from .report import write_all
@@ -160,7 +174,7 @@ def _specs(
     seeds: Sequence[int],
     reference: str | None,
     match_directions: bool,
-    grid: tuple[int, ...],
+    grid: tuple[int, ...] | None,
 ) -> tuple[list[str], dict[tuple[str, int], tuple[str, int | None]]]:
     """Names in the table, and for each name and seed the spec to train and its number of directions."""
     from mamba_zoo.scans import Scan, as_spec, build_scan
@@ -183,12 +197,16 @@ def _specs(
         raise ValueError(f"scans={tuple(map(str, scans))} leaves nothing to compare; give two orders or more")
     if reference is not None and reference not in names:
         raise ValueError(f"reference={reference!r} is not among the orders {', '.join(names)}; add it to scans")
+    specs: dict[tuple[str, int], tuple[str, int | None]] = {}
+    if grid is None:  # orders follow from the data; their directions are not known before
+        for name, seed in itertools.product(names, seeds):
+            specs[name, seed] = (f"random(seed={seed})" if name == "random" else name, None)
+        return names, specs
     counts = {name: build_scan(name, *grid).k for name in names if name not in CONTROLS}
     if not counts:
         counts = {"": build_scan("random", *grid).k}
     base = counts.get(reference or names[0], next(iter(counts.values())))
     most = max(counts.values()) if match_directions else 0
-    specs: dict[tuple[str, int], tuple[str, int | None]] = {}
     for name in names:
         for seed in seeds:
             if name == "none":
@@ -209,14 +227,18 @@ def _repeated(spec: str, k: int, most: int) -> str:
     return whole if most % k == 0 else f"first({whole}, {most})"
 
 
-def _images(data: Any, model: str, options: Mapping[str, Any] | None) -> Any:
-    from .image_data import ImageData
-
-    if isinstance(data, ImageData):
+def _data(entry: TaskEntry, data: Any, model: str, options: Mapping[str, Any] | None) -> Any:
+    kind: Any = entry.data_class
+    if isinstance(data, kind):
         if options:
-            raise ValueError("data_options go with a name or folder; data is already an ImageData")
+            raise ValueError(f"data_options go with a name or folder; data is already a {kind.__name__}")
         return data
-    return ImageData(str(data), model_name=model, **(options or {}))
+    told = {"model_name": model} if "model_name" in inspect.signature(kind).parameters else {}
+    return kind(**({} if data is None else {"root": str(data)}), **told, **(options or {}))
+
+
+def _default(kind: type, argument: str) -> Any:
+    return inspect.signature(kind).parameters[argument].default
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -232,8 +254,15 @@ def main(arguments: Sequence[str]) -> int:
         description="Train one model under several scan orders, with equal budget and paired seeds, and say which "
         "differences are real. Call again with the same --out to go on, or to add orders or seeds.",
     )
-    parser.add_argument("--model", default="vmamba_mini", help="a model that takes a scan (default: %(default)s)")
-    parser.add_argument("--data", default="digits", help="digits, a folder of images, or torchvision:NAME")
+    parser.add_argument(
+        "--task",
+        default=DEFAULT,
+        choices=tuple(TASKS),
+        metavar="TASK",
+        help=f"one of {', '.join(TASKS)} (default: %(default)s)",
+    )
+    parser.add_argument("--model", help="a model that takes a scan (default: the task's, for images vmamba_mini)")
+    parser.add_argument("--data", help="as --data.root of mamba-zoo fit (default: the task's, for images digits)")
     parser.add_argument("--scans", default="cross,hilbert,snake", help="names or specs, separated by commas")
     parser.add_argument("--seeds", default="3", help="how many, or a list such as 0,1,5 (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="budget of every run (default: %(default)s)")
@@ -246,9 +275,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--alpha", type=float, default=0.05, help="error rate of all comparisons (default: %(default)s)"
     )
-    parser.add_argument("--image-size", type=int, help="pixels (default: the data's or the model's)")
-    parser.add_argument("--batch-size", type=int, help="images a step (default: that of the data module)")
-    parser.add_argument("--lr", type=float, help="highest learning rate (default: that of the classifier)")
+    parser.add_argument(
+        "--image-size", type=int, help="pixels, of images or frames (default: the data's or the model's)"
+    )
+    parser.add_argument("--batch-size", type=int, help="items a step (default: that of the task)")
+    parser.add_argument("--lr", type=float, help="highest learning rate (default: that of the task)")
     parser.add_argument("--precision", help="as in Lightning, for instance bf16-mixed")
     parser.add_argument("--accelerator", help="as in Lightning: cpu, gpu, ... (default: what there is)")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep the weights of finished runs")
@@ -290,6 +321,7 @@ def main(arguments: Sequence[str]) -> int:
             model_options=_given(lr=args.lr),
             trainer_options=_given(precision=args.precision, accelerator=args.accelerator),
             keep_checkpoints=args.keep_checkpoints,
+            task=args.task,
         )
     except KeyboardInterrupt:
         show(load(args.out))

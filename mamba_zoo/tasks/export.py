@@ -1,4 +1,4 @@
-"""`mamba-zoo export`: an image model as a torch.export program, held against the model it came from."""
+"""`mamba-zoo export`: an image or video model as a torch.export program, held against the model it came from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .building import build_model, image_input
+from .building import build_model, image_input, input_shape
 from .checkpoints import read_checkpoint, write_atomically
 
 _TOLERANCE = 1e-4  # relative to the largest output, float32
@@ -23,7 +23,7 @@ def export_model(net: nn.Module, example: torch.Tensor, out: Path) -> float:
 
     Args:
         net: Put into evaluation mode.
-        example: Images `(b, channels, height, width)`; the batch stays free, the other sizes are fixed.
+        example: Images `(b, channels, height, width)` or clips; the batch stays free, the other sizes are fixed.
         out: Of the `.pt2` file.
 
     Returns:
@@ -59,8 +59,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `mamba-zoo export`."""
     parser = argparse.ArgumentParser(
         "mamba-zoo export",
-        description="Write an image model as a torch.export program (.pt2), checked against the model itself. The "
-        "program calls operators of mamba_zoo: `import mamba_zoo` before torch.export.load. ONNX is not supported yet.",
+        description="Write an image or video model as a torch.export program (.pt2), checked against the model itself. "
+        "It calls operators of mamba_zoo: `import mamba_zoo` before torch.export.load. ONNX is not supported yet.",
     )
     parser.add_argument("name", nargs="?", help="as in mamba-zoo list; not needed with the checkpoint of a run")
     parser.add_argument("--checkpoint", type=Path, help="of mamba-zoo fit (or its run folder), or a published file")
@@ -69,9 +69,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("model.pt2"), help="default: model.pt2")
     args = parser.parse_args(argv)
     net, channels, size = _model(args)
-    difference = export_model(net, torch.zeros(1, channels, size, size), args.out)
+    shape = input_shape(net, channels, size)
+    difference = export_model(net, torch.zeros(1, *shape), args.out)
     Console().print(
-        f"{args.out}: images (batch, {channels}, {size}, {size}) -> class scores; "
+        f"{args.out}: inputs (batch, {', '.join(map(str, shape))}) -> class scores; "
         f"largest relative difference from the model {difference:.1e}",
         highlight=False,
         soft_wrap=True,
@@ -82,15 +83,19 @@ def main(argv: Sequence[str]) -> int:
 def _model(args: argparse.Namespace) -> tuple[nn.Module, int, int]:
     """The model, its channels and its image size."""
     if args.checkpoint is not None and _is_run(args.checkpoint):
-        from .classification import ImageClassifier
+        from .registry import load_task
 
         if args.scan is not None:
             raise ValueError("scan= is part of a trained run; leave --scan out")
-        classifier = ImageClassifier.from_checkpoint(args.checkpoint)
+        classifier = load_task(args.checkpoint)
         if args.name not in (None, classifier.name):
             raise ValueError(f"{args.checkpoint} holds {classifier.name}, not {args.name}")
         values = classifier.hparams
-        size = args.image_size or values["img_size"] or image_input(classifier.name, None)[1]
+        if "in_chans" not in values:
+            raise ValueError(
+                f"{args.checkpoint} holds {classifier.name}, which takes no images; export is for images and clips"
+            )
+        size = args.image_size or values.get("img_size") or image_input(classifier.name, None)[1]
         return classifier.inference_net, values["in_chans"], size
     if args.name is None:
         raise ValueError("give the name of a model, or --checkpoint of a run")

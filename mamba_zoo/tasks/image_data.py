@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from pytorch_lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from .epochs import EpochLoader, EpochShuffle
+from ._data import Split, TaskData
 from .image_files import Images, Member, drop_unreadable, read_classes, split_folders, stratified_split
 from .image_transforms import Preprocess, eval_transform, train_transform
 
@@ -22,7 +20,7 @@ _DIGITS_STATISTICS = (0.3053, 0.3760)  # of all 1,797 images, scaled to 0..1
 _DIGITS_VAL, _DIGITS_TEST = 250, 347
 
 
-class ImageData(LightningDataModule):
+class ImageData(TaskData):
     """Training, validation and test images of one source.
 
     Args:
@@ -53,6 +51,14 @@ class ImageData(LightningDataModule):
         ValueError: classes that differ between splits, an unknown torchvision data set, or a setting out of range.
     """
 
+    tells: ClassVar[Mapping[str, str]] = {
+        "num_classes": "num_classes",
+        "class_names": "classes",
+        "in_chans": "in_chans",
+        "img_size": "image_size",
+        "preprocess": "preprocess_values",
+    }
+
     def __init__(
         self,
         root: str = "digits",
@@ -73,16 +79,14 @@ class ImageData(LightningDataModule):
         on_bad_image: Literal["error", "skip"] = "error",
         download_dir: str = "data",
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        super().__init__(root, batch_size, num_workers)
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1 pixel")
         for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < value < 0.5:
                 raise ValueError(f"{name}={value} must lie between 0 and 0.5")
         self.save_hyperparameters(logger=False)
-        self.root, self.batch_size, self.num_workers, self.split_seed = root, batch_size, num_workers, split_seed
+        self.split_seed = split_seed
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.on_bad_image, self.download_dir = on_bad_image, download_dir
         self.order_seed = split_seed
@@ -92,7 +96,6 @@ class ImageData(LightningDataModule):
         )
         self.eval_transform = eval_transform(self.preprocess)
         self.skipped: list[Path] = []
-        self._splits: dict[str, Images] | None = None
         self._classes: list[str] = []
 
     def _preprocess(self, model_name: str | None, image_size: int | None, in_chans: int | None) -> Preprocess:
@@ -128,24 +131,8 @@ class ImageData(LightningDataModule):
         """The preprocessing as plain values, for checkpoints."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.preprocess).items()}
 
-    def split(self, name: Literal["train", "val", "test"]) -> Images:
-        """One of the three parts."""
-        self.setup()
-        assert self._splits is not None
-        return self._splits[name]
-
-    def seed_order(self, seed: int) -> None:
-        """Draw the order of the training images from `seed` from now on; the split stays as it is."""
-        self.order_seed = seed
-
-    def setup(self, stage: str | None = None) -> None:
-        """List and split the images; downloads a torchvision data set that is not there yet. Only the first call works.
-
-        Args:
-            stage: Not read; all parts are set up together.
-        """
-        if self._splits is not None:
-            return
+    def parts(self) -> dict[str, Dataset]:
+        """The images, listed and split; downloads a torchvision data set that is not there yet."""
         if self.root == "digits":
             parts = self._digits()
         elif self.root.startswith("torchvision:"):
@@ -153,34 +140,30 @@ class ImageData(LightningDataModule):
         else:
             parts = self._folder(Path(self.root).expanduser())
         mode = "L" if self.preprocess.in_chans == 1 else "RGB"
-        self._splits = {
+        return {
             name: Images(items, targets, mode, self.train_transform if name == "train" else self.eval_transform)
             for name, (items, targets) in parts.items()
         }
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled by seed and epoch; the last batch is dropped unless it is the only one."""
-        data = self.split("train")
-        return EpochLoader(
-            data,
-            batch_size=min(self.batch_size, len(data)),
-            sampler=EpochShuffle(len(data), self.order_seed),
-            drop_last=True,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def describe(self, unit: str) -> list[tuple[str, str]]:
+        """Counts, and what was left out."""
+        rows = super().describe(unit)
+        if self.skipped:
+            rows.append(("left out", f"{len(self.skipped)} unreadable files, the first is {self.skipped[0]}"))
+        return rows
 
-    def val_dataloader(self) -> DataLoader:
-        """In order, nothing dropped."""
-        return self._eval_loader(self.split("val"))
-
-    def test_dataloader(self) -> DataLoader:
-        """In order, nothing dropped."""
-        return self._eval_loader(self.split("test"))
-
-    def _eval_loader(self, data: Dataset) -> DataLoader:
-        pin = torch.cuda.is_available()
-        return DataLoader(data, batch_size=self.batch_size, num_workers=self.num_workers, pin_memory=pin)
+    def scored(self, model: Any, split: Split, other: bool) -> Dataset:
+        """The part to score, prepared as the checkpoint says; of other class folders without splits, every image."""
+        if other and Path(self.root).is_dir() and not split_folders(Path(self.root)):
+            paths, targets, _ = read_classes(Path(self.root), model.class_names)
+            return prepared(model, paths, targets)
+        if self.classes != model.class_names:
+            raise ValueError(
+                f"the classes of {self.root} ({', '.join(self.classes[:5])} ...) are not those of the checkpoint "
+                f"({', '.join(model.class_names[:5])} ...)"
+            )
+        part = self.split(split)
+        return prepared(model, part.items, part.targets)
 
     def _digits(self) -> dict[str, tuple[Sequence[Any], Sequence[int]]]:
         from sklearn.datasets import load_digits
@@ -257,3 +240,18 @@ class ImageData(LightningDataModule):
             name: ([items[i] for i in index], [int(targets[i]) for i in index])
             for name, index in zip(("train", *sizes), indices, strict=True)
         }
+
+
+def prepared(model: Any, items: Sequence[Any], targets: Sequence[int]) -> Images:
+    """Images as the trained `model` expects them.
+
+    Raises:
+        ValueError: the model does not say how its images were prepared.
+    """
+    stored = model.hparams["preprocess"]
+    if stored is None:
+        raise ValueError(
+            "the checkpoint does not say how its images were prepared; train with ImageClassifier(preprocess=)"
+        )
+    preprocess = Preprocess.from_dict(stored)
+    return Images(items, targets, "L" if preprocess.in_chans == 1 else "RGB", eval_transform(preprocess))

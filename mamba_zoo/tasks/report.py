@@ -111,6 +111,8 @@ def _ranks(c: Comparison) -> str:
 def _orders(c: Comparison) -> str:
     from ._figures import NEAR, drawing, scan_statistics, svg
 
+    if c.settings.get("grid", ()) is None:
+        return "<p>Orders follow from each sample, so that there is no one picture of them.</p>"
     grid = " x ".join(str(n) for n in c.settings.get("grid", ()))
     parts, rows = [], []
     for order in c.orders:

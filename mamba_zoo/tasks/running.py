@@ -12,15 +12,13 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from .checkpoints import write_atomically
 from .epochs import EpochSeed, epoch_number
-
-MONITOR = "val/top1"
 
 
 class History(Callback):
@@ -33,7 +31,7 @@ class History(Callback):
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.rows = path, []
         self._started = self._seconds = 0.0
-        self._images = 0
+        self._items = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far."""
@@ -45,13 +43,13 @@ class History(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time."""
-        self._started, self._seconds, self._images = time.perf_counter(), 0.0, 0
+        self._started, self._seconds, self._items = time.perf_counter(), 0.0, 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images of all processes."""
-        self._images += len(batch[0]) * trainer.world_size
+        """Count the items of all processes."""
+        self._items += cast(Any, pl_module).batch_items(batch) * trainer.world_size
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: validation is not training."""
@@ -78,7 +76,7 @@ class History(Callback):
         row = {
             "epoch": epoch_number(trainer),
             "step": trainer.global_step,
-            "images": self._images,
+            cast(Any, pl_module).unit: self._items,
             "seconds": self._seconds + time.perf_counter() - self._started,
             "lr": trainer.optimizers[0].param_groups[-1]["lr"],
             **({"train/loss": float(loss)} if loss is not None else {}),
@@ -99,8 +97,15 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def run_callbacks(out: Path, seed: int) -> tuple[list[Callback], History]:
-    """The callbacks of a resumable run in the folder `out`: `best.ckpt`, `last.ckpt`, `history.csv`."""
+def run_callbacks(out: Path, seed: int, monitor: str, mode: str) -> tuple[list[Callback], History]:
+    """The callbacks of a resumable run in the folder `out`: `best.ckpt`, `last.ckpt`, `history.csv`.
+
+    Args:
+        out: Folder.
+        seed: Of every epoch's randomness.
+        monitor: Logged score that chooses the best epoch.
+        mode: "max" or "min".
+    """
     history = History(out / "history.csv")
     # After the training epoch, validation included: a checkpoint then never holds half an epoch.
     common: dict[str, Any] = {
@@ -109,7 +114,7 @@ def run_callbacks(out: Path, seed: int) -> tuple[list[Callback], History]:
         "auto_insert_metric_name": False,
         "enable_version_counter": False,
     }
-    best = ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", **common)
+    best = ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **common)
     last = ModelCheckpoint(filename="last", **common)
     return [EpochSeed(seed), history, best, last], history
 
@@ -138,6 +143,18 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def quiet_trainer(device: str) -> Trainer:
+    """A trainer on one device that tests and predicts without writing anything; use it within `quiet()`."""
+    return Trainer(
+        accelerator=device,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, resume: Path | None = None) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .checkpoints import write_atomically
-from .running import MONITOR, History
+from .running import History
 
 
 def progress_bar() -> list[Callback]:
@@ -39,36 +39,39 @@ class EpochLines(Checkpoint):
         if not self.active or history is None or not history.rows:
             return
         row = history.rows[-1]
+        shown = ("train/loss", "val/loss", cast(Any, pl_module).monitor)
         parts = [f"epoch {row['epoch']}/{trainer.max_epochs}"]
-        parts += [f"{key} {row[key]:.4f}" for key in ("train/loss", "val/loss", MONITOR) if key in row]
+        parts += [f"{key} {row[key]:.4f}" for key in dict.fromkeys(shown) if key in row]
         sys.stdout.write("  ".join([*parts, f"{row['seconds']:.1f} s"]) + "\n")
         sys.stdout.flush()
 
 
 def print_summary(out: Path, rows: Sequence[dict[str, Any]], model: Any, data: Any) -> None:
     """The learning curves as `curves.png`, and a table of the run on the terminal."""
-    plot_curves(rows, out / "curves.png")
-    best = max(rows, key=lambda row: row.get(MONITOR, float("-inf")))
+    plot_curves(rows, out / "curves.png", model.curves or (model.monitor,), f"score on the validation {model.unit}")
+    known = [row for row in rows if model.monitor in row]
     seconds = sum(row["seconds"] for row in rows)
     table = Table(title=f"{model.name} on {data.root}", show_header=False, title_justify="left")
     table.add_row("parameters", f"{sum(p.numel() for p in model.net.parameters()):,}")
-    table.add_row("images", ", ".join(f"{len(data.split(s)):,} {s}" for s in ("train", "val", "test")))
-    if data.skipped:
-        table.add_row("left out", f"{len(data.skipped)} unreadable files, the first is {data.skipped[0]}")
-    speed = sum(row["images"] for row in rows) / max(seconds, 1e-9)
-    table.add_row("training", f"{len(rows)} epochs, {seconds:.1f} s, {speed:,.0f} images/s")
-    if MONITOR in best:
-        table.add_row("best epoch", f"{best['epoch']}, top-1 {best[MONITOR]:.4f} on the validation images")
+    for row in data.describe(model.unit):
+        table.add_row(*row)
+    speed = sum(row[model.unit] for row in rows) / max(seconds, 1e-9)
+    table.add_row("training", f"{len(rows)} epochs, {seconds:.1f} s, {speed:,.0f} {model.unit}/s")
+    if known:
+        best = (max if model.monitor_mode == "max" else min)(known, key=lambda row: row[model.monitor])
+        key = model.monitor.partition("/")[2]
+        what = f"{model.metric_names.get(key, key)} {best[model.monitor]:.4f}"
+        table.add_row("best epoch", f"{best['epoch']}, {what} on the validation {model.unit}")
     table.add_row("files", f"{out}: best.ckpt, last.ckpt, history.csv, curves.png")
     table.add_row("next", f"mamba-zoo test --checkpoint {out}")
     Console().print(table, soft_wrap=True)
 
 
-def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss and accuracy by epoch as a PNG."""
+def plot_curves(rows: Sequence[dict[str, Any]], path: Path, scores: Sequence[str], title: str) -> None:
+    """Loss on the left and `scores` on the right, by epoch, as a PNG."""
     figure = _figure((8, 3.2))
     left, right = figure.subplots(1, 2)
-    for axis, keys in ((left, ("train/loss", "val/loss")), (right, ("val/top1", "val/f1"))):
+    for axis, keys in ((left, ("train/loss", "val/loss")), (right, scores)):
         for key in keys:
             points = [(row["epoch"], row[key]) for row in rows if key in row]
             if points:
@@ -77,7 +80,7 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     left.set_ylabel("loss")
-    right.set_ylabel("score on the validation images")
+    right.set_ylabel(title)
     _save(figure, path)
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 import mamba_zoo
 from mamba_zoo.tasks import ImageClassifier, ImageData, train_once
 from mamba_zoo.tasks.checkpoints import AtomicCheckpointIO, read_checkpoint
-from mamba_zoo.tasks.evaluate import predict_files
 from mamba_zoo.tasks.image_files import BadImageError, read_image
+from mamba_zoo.tasks.image_predict import predict_files
 from mamba_zoo.tasks.optim import no_decay_names, parameter_groups, warmup_cosine
-from mamba_zoo.tasks.train import make_classifier
+from mamba_zoo.tasks.train import make_task
 
 FAST = "test_vit"  # a tiny transformer of timm: these tests are about training, not about the model
 CPU = {"accelerator": "cpu"}
@@ -183,7 +183,7 @@ def test_frozen_parts_do_not_move(freeze, tmp_path):
     data = ImageData(image_size=32, batch_size=400)
     train_once("test_resnet", data, tmp_path, max_epochs=1, model={"freeze": freeze, "lr": 1e-2}, trainer=CPU)
     torch.manual_seed(0)  # as train_once seeds: the same weights to start from
-    start = make_classifier("test_resnet", data, model={"freeze": freeze}).net
+    start = make_task("test_resnet", data, model={"freeze": freeze}).net
     trained = ImageClassifier.from_checkpoint(tmp_path / "last.ckpt").net.state_dict()
     norms = {name for name, m in start.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     for key, value in start.state_dict().items():

@@ -1,0 +1,126 @@
+"""What all data have in common: three parts, their loaders, and what they tell the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from .epochs import EpochLoader, EpochShuffle
+
+Split = Literal["train", "val", "test"]
+
+
+class TaskData(LightningDataModule):
+    """Training, validation and test items of one source.
+
+    A subclass lists its items in `parts`, and says in `tells` what the model must know of them. Its constructor calls
+    this one and `save_hyperparameters(logger=False)`; it reads no file, so that wrong settings end at once.
+
+    Attributes:
+        tells: For each argument of the model that follows from the data, the attribute or property of this object that
+            holds it. Values are plain, so that a checkpoint can hold them.
+        collate: Makes a batch of a list of items; None is torch's own, which stacks tensors.
+
+    Args:
+        root: Name or folder of the source.
+        batch_size: Items a step and device.
+        num_workers: Processes that read items; 0 reads them in the training process.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    tells: ClassVar[Mapping[str, str]] = {}
+    collate: ClassVar[Callable[[list[Any]], Any] | None] = None
+
+    def __init__(self, root: str, batch_size: int = 64, num_workers: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(f"batch_size={batch_size} must be at least 1 and num_workers={num_workers} at least 0")
+        self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
+        self.order_seed = 0
+        self._splits: dict[str, Dataset] | None = None
+
+    def parts(self) -> dict[str, Dataset]:
+        """The data sets "train", "val" and "test", listed and split; called once, on first use."""
+        raise NotImplementedError
+
+    def told(self) -> dict[str, Any]:
+        """Arguments of the model that follow from the data."""
+        return {argument: getattr(self, source) for argument, source in self.tells.items()}
+
+    def split(self, name: Split) -> Any:
+        """One of the three parts, a data set with a length."""
+        self.setup()
+        assert self._splits is not None
+        return self._splits[name]
+
+    def describe(self, unit: str) -> list[tuple[str, str]]:
+        """Rows for the summary of a run; `unit` is the plural of one item, such as "images"."""
+        return [(unit, ", ".join(f"{len(self.split(name)):,} {name}" for name in ("train", "val", "test")))]
+
+    def scored(self, model: Any, split: Split, other: bool) -> Dataset:
+        """The part that `mamba-zoo test` scores.
+
+        Args:
+            model: The trained `Task`.
+            split: Part asked for.
+            other: Whether the user named these data, instead of those that `model` was trained on.
+
+        Raises:
+            ValueError: data that do not fit the model.
+        """
+        for key, value in self.told().items():
+            trained = model.hparams.get(key)
+            if value != trained:
+                raise ValueError(
+                    f"{key} of {self.root} is {_short(value)}, but the model was trained with {_short(trained)}"
+                )
+        return self.split(split)
+
+    def seed_order(self, seed: int) -> None:
+        """Draw the order of the training items from `seed` from now on; the split stays as it is."""
+        self.order_seed = seed
+
+    def setup(self, stage: str | None = None) -> None:
+        """List and split the items; only the first call works.
+
+        Args:
+            stage: Not read; all parts are set up together.
+        """
+        if self._splits is None:
+            self._splits = self.parts()
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled by seed and epoch; the last batch is dropped unless it is the only one."""
+        data = self.split("train")
+        options = {"sampler": EpochShuffle(len(data), self.order_seed), "drop_last": True}
+        return self.loader(data, min(self.batch_size, len(data)), self.num_workers, **options)
+
+    def val_dataloader(self) -> DataLoader:
+        """In order, nothing dropped."""
+        return self.loader(self.split("val"), self.batch_size, self.num_workers)
+
+    def test_dataloader(self) -> DataLoader:
+        """In order, nothing dropped."""
+        return self.loader(self.split("test"), self.batch_size, self.num_workers)
+
+    def loader(self, data: Dataset, batch_size: int, num_workers: int, **options: Any) -> DataLoader:
+        """Batches of `data`; `options` are those of torch's `DataLoader`."""
+        return EpochLoader(
+            data,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=type(self).collate,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,128 @@
+"""The tasks that can be trained, by name. A new task is its file and one line here."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import re
+from dataclasses import dataclass
+from importlib.util import resolve_name
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._data import TaskData
+    from ._task import Task
+
+DEFAULT = "image-classification"
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One task; its modules are imported when they are asked for.
+
+    Attributes:
+        model: Module and class of the `Task`, such as ".classification:ImageClassifier"; modules that start with a dot
+            are of this package.
+        data: Module and class of the `TaskData`, likewise.
+        what: What it does, in a few words.
+        recipes: Pairs of a regular expression and the name of a recipe in `configs/`: without `--config`, the first
+            pair whose expression matches the whole of `--data.root` applies, or the first of all without a root.
+    """
+
+    model: str
+    data: str
+    what: str
+    recipes: tuple[tuple[str, str], ...]
+
+    @property
+    def model_class(self) -> type[Task]:
+        """The class of the `Task`."""
+        return _load(self.model)
+
+    @property
+    def data_class(self) -> type[TaskData]:
+        """The class of the `TaskData`."""
+        return _load(self.data)
+
+    def recipe(self, root: str | None) -> str:
+        """Name of the recipe for data at `root`; None stands for the data of the first recipe."""
+        fits = (name for pattern, name in self.recipes if root is None or re.fullmatch(pattern, root))
+        return next(fits, self.recipes[0][1])
+
+
+_SMALL_IMAGES = r"torchvision:(CIFAR|SVHN|MNIST|FashionMNIST|KMNIST|EMNIST|USPS).*"
+
+TASKS: dict[str, TaskEntry] = {
+    "image-classification": TaskEntry(
+        ".classification:ImageClassifier", ".image_data:ImageData", "name what an image shows",
+        (("digits", "digits"), (_SMALL_IMAGES, "cifar"), (".*", "imagefolder")),
+    ),
+}  # fmt: skip
+
+
+def find_task(name: str) -> TaskEntry:
+    """The task of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    near = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(TASKS)}"
+    raise ValueError(f"no task named {name!r}; {hint}")
+
+
+def task_of(model: type) -> str | None:
+    """Name of the task that trains a `Task` of this class, or of a class it inherits from; None if no task does."""
+    return _named(model, "model")
+
+
+def task_for(data: type) -> str:
+    """Name of the first task that trains on data of this class, or of a class it inherits from.
+
+    Raises:
+        ValueError: no task does.
+    """
+    name = _named(data, "data")
+    if name is None:
+        raise ValueError(f"no task trains on {data.__name__}; name it with task=, one of {', '.join(TASKS)}")
+    return name
+
+
+def load_task(path: str | os.PathLike[str]) -> Task:
+    """The trained model of any run, in evaluation mode on the CPU; nothing is downloaded and no pickle is run.
+
+    Args:
+        path: A checkpoint of `mamba-zoo fit`, or the folder of the run for its best one.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no such checkpoint.
+    """
+    from .checkpoints import read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    # Checkpoints older than the tasks name none: there were images only.
+    return find_task(checkpoint.get("task", DEFAULT)).model_class.from_checkpoint(path)
+
+
+def task_list() -> str:
+    """One line a task, for help texts."""
+    width = max(map(len, TASKS))
+    return "\n".join(f"  {name:<{width}}  {entry.what}" for name, entry in TASKS.items())
+
+
+def _named(cls: type, part: str) -> str | None:
+    for base in cls.__mro__:
+        for name, entry in TASKS.items():
+            module, _, qualname = getattr(entry, part).partition(":")
+            if (base.__module__, base.__qualname__) == (resolve_name(module, __package__), qualname):
+                return name
+    return None
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module, __package__), name)
