@@ -132,9 +132,10 @@ class Sum(nn.Module):
 
     def __init__(self, sizes: Sequence[int], dim: int, device=None, dtype=None):
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(size, dim, device=device, dtype=dtype) for size in sizes)
-        for table in self.tables:
+        tables = [nn.Embedding(size, dim, device=device, dtype=dtype) for size in sizes]
+        for table in tables:
             nn.init.xavier_uniform_(table.weight)
+        self.tables = nn.ModuleList(tables)
 
     def forward(self, x: Tensor) -> Tensor:
         """Integers `(n, features)` to `(n, dim)`."""
