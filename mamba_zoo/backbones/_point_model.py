@@ -11,8 +11,7 @@ from timm.layers.helpers import get_device_dtype
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from ..scans._cloud import PointScanLike, cloud_spec
-from ..scans.points import directions
+from ..scans._cloud import PointScanLike, cloud_spec, directions
 from ._base import Backbone
 from ._block import add_residual
 from ._checkpoint import build_with_weights

@@ -1,6 +1,7 @@
 """The orders in which tokens are visited: named, composed, or a user's own; the same tables for every model."""
 
 from . import curve, graph, grid, series, spectrogram, volume  # noqa: F401 - registers their scans
+from ._cloud import POINT_SCANS, register_point_scan, unregister_point_scan
 from ._registry import (
     SCANS,
     ScanEntry,
@@ -16,9 +17,11 @@ from ._registry import (
 from .compose import both_ways, filled, first, join, reverse, transpose, with_token
 from .core import Scan
 from .graph import Graphs, graph_order, graph_scan, register_graph_order
-from .series import correlation_scan, permuted_spec, resolve_data_scan
+from .points import point_order
+from .series import correlation_scan, permuted_spec, with_correlation
 
 __all__ = [
+    "POINT_SCANS",
     "SCANS",
     "Graphs",
     "Scan",
@@ -35,13 +38,16 @@ __all__ = [
     "join",
     "list_scans",
     "permuted_spec",
+    "point_order",
     "register_graph_order",
+    "register_point_scan",
     "register_sample_order",
     "register_scan",
-    "resolve_data_scan",
     "reverse",
     "scan_order",
     "transpose",
+    "unregister_point_scan",
     "unregister_scan",
+    "with_correlation",
     "with_token",
 ]

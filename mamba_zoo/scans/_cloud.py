@@ -157,8 +157,10 @@ def _table(name: str, order: Any, xyz: Tensor) -> Tensor:
     if (
         not isinstance(order, Tensor)
         or order.dtype != torch.int64
-        or (order.shape not in (xyz.shape[:2],)
-        and (order.dim() != 3 or (order.shape[0], order.shape[2]) != xyz.shape[:2]))
+        or (
+            order.shape not in (xyz.shape[:2],)
+            and (order.dim() != 3 or (order.shape[0], order.shape[2]) != xyz.shape[:2])
+        )
     ):
         found = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
         b, n, _ = xyz.shape
@@ -205,3 +207,22 @@ def _unknown(name: str, spec: str) -> str:
     near = difflib.get_close_matches(name, [*POINT_SCANS, *_COMPOSITIONS], n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(sorted(POINT_SCANS))}"
     return f"no scan of points named {name!r}{f' in {spec!r}' if name != spec else ''}; {hint}"
+
+
+def rows_of(spec: str) -> list[tuple[str, int]]:
+    """The directions of a spec from `cloud_spec`, each as a spec and a row of its table, so that one can be made alone.
+
+    Example:
+        >>> from mamba_zoo.scans import points
+        >>> rows_of("join(hilbert, both_ways(sort_x))")
+        [('hilbert', 0), ('both_ways(sort_x)', 0), ('both_ways(sort_x)', 1)]
+    """
+    tree = _parse(spec)
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id == "join":
+        return [row for inner in tree.args for row in rows_of(ast.unparse(inner))]
+    return [(spec, row) for row in range(directions(spec))]
+
+
+def directions(spec: str) -> int:
+    """Directions of a spec from `cloud_spec`."""
+    return cloud_order(spec, torch.linspace(0, 1, 48).view(1, 16, 3)).shape[1]

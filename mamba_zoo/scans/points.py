@@ -52,11 +52,6 @@ def point_order(scan: PointScanLike, xyz: Tensor, cu_seqlens: Tensor | None = No
     return torch.cat(orders, dim=-1)
 
 
-def directions(spec: str) -> int:
-    """Directions of a spec from `cloud_spec`."""
-    return cloud_order(spec, torch.linspace(0, 1, 48).view(1, 16, 3)).shape[1]
-
-
 @register_point_scan("given")
 def given(xyz: Tensor) -> Tensor:
     """The points as they are stored; for models that sample centres, furthest first."""

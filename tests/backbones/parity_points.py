@@ -21,6 +21,9 @@ def points_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
         "Point_MAE_Mamba_serializationV2": pretraining_arguments,
         "PointMamba": pointmamba_v1_arguments,
         "Mamba3D": mamba3d_arguments,
+        "BaseCls": pcm_arguments,
+        "BasePartSeg": pcm_arguments,
+        "BaseSeg": pcm_arguments,
         "pt_mamba": pointmamba_v1_parts_arguments,
     }[name](kwargs)
 
@@ -67,6 +70,43 @@ def mamba3d_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
     }
 
 
+_CURVES = {"hilbert": "hilbert", "z": "zcurve", "z-trans": "zcurve_trans"}
+
+
+def pcm_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
+    encoder, head = kwargs["encoder_args"], kwargs["cls_args"]
+    require(encoder, groups=1, res_expansion=1.0, activation="relu", bias=False, use_xyz=True, normalize="anchor")
+    require(encoder, pos_blocks=[0, 0, 0, 0], rms_norm=True, residual_in_fp32=True, bimamba_type="v2", mamba_pos=True)
+    require(encoder, use_order_prompt=True)
+    orders = [_CURVES[name] if name in _CURVES else f"cts({name!r})" for name in encoder["mamba_layers_orders"]]
+    arguments = {
+        "num_classes": head["num_classes"],
+        "in_chans": encoder["in_channels"],
+        "dim": encoder["embed_dim"],
+        "dim_expansion": encoder["dim_expansion"],
+        "depths": encoder["mamba_blocks"],
+        "pre_blocks": encoder["pre_blocks"],
+        "neighbours": encoder["k_neighbors"],
+        "reducers": encoder["reducers"],
+        "scan": f"join({', '.join(orders)})",
+        "prompts": encoder["prompt_num_per_order"],
+        "drop_path_rate": encoder["drop_path_rate"],
+    }
+    if kwargs["NAME"] == "BaseCls":
+        return "pcm", {**arguments, "hidden": tuple(head["mlps"])}
+    decoder = kwargs["decoder_args"]
+    require(decoder, decoder_blocks=[1, 1, 1, 1], mamba_blocks=[0, 0, 0, 0])
+    require(head, global_feat="max,avg", in_channels=None)
+    arguments["decoder_dims"] = decoder["decoder_channel_list"]
+    if kwargs["NAME"] == "BaseSeg":
+        return "pcm_s3dis", {
+            **arguments,
+            "windows": encoder["windows_size"] if encoder.get("use_windows") else None,
+            "cell": encoder.get("grid_size", 0.02),
+        }
+    return "pcm_parts", arguments
+
+
 def pretraining_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
     config = kwargs["mamba_config"]
     require(kwargs, rms_norm=False, loss="cdl2", drop_out=0.0)
@@ -94,6 +134,8 @@ def points_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -
         ) as outputs:
             logits = model(inputs["x"])
         return {**outputs, "logits": logits}
+    if name.startswith("Base"):
+        return pcm_run(model, inputs, fixture)
     if "config" in fixture["kwargs"]:
         return parts_run(model, inputs, fixture)
     return pointmamba_run(model, inputs, fixture)
@@ -109,6 +151,24 @@ def pointmamba_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any
     outputs |= {"sequence": embedded, "block0": hidden + residual}
     along = {key: along_order(outputs[key], order) for key in ("sequence", "block0", "blocks")}
     return {"tokens": outputs["tokens"], "logits": logits, **along}
+
+
+def pcm_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
+    """Published maps are `(b, c, n)`, the points of a stage along its last order."""
+    arguments: dict[str, Any] = {}
+    if "features" in inputs:
+        arguments["features"] = inputs["features"].transpose(1, 2)
+    if fixture["kwargs"]["NAME"] == "BasePartSeg":
+        arguments["shape"] = shape_labels(fixture)
+    groups = {f"group{i}": stage.pre for i, stage in enumerate(model.stages)}
+    with recorded(**groups) as outputs:
+        logits = model(inputs["x"], **arguments)
+    tokens = model.pyramid(inputs["x"], arguments.get("features"))[1]
+    maps = {"embedding": tokens[0], **{name: value.amax(2) for name, value in outputs.items()}}
+    maps |= {f"stage{i}": value for i, value in enumerate(tokens[1:])}
+    if logits.dim() == 3:
+        logits = logits.transpose(1, 2)
+    return {"logits": logits, **{name: value.transpose(1, 2) for name, value in maps.items()}}
 
 
 def parts_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:

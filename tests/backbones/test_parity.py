@@ -51,8 +51,7 @@ def test_computes_what_was_published(name: str, tmp_path: Path) -> None:
     if folder == "lm" and not fixture["source"].endswith("mamba_simple.py::Mamba"):
         pytest.fail(f"{fixture['source']} is not built")
     architecture, arguments = family.arguments(fixture["kwargs"])
-    made = {key: spec for key, spec in fixture["inputs"].items() if "name" in spec}  # others are stored as they are
-    inputs = {key: torch.from_numpy(synth.synth_input(**spec)) for key, spec in made.items()}
+    inputs = made_inputs(fixture["inputs"])
     base = scaled(synth.synth_state(fixture["state"]), fixture.get("state_scale", {}))
     errors = {}
     for i, probe in enumerate([None, *fixture.get("probes", [])]):
@@ -74,12 +73,20 @@ def test_computes_what_was_published(name: str, tmp_path: Path) -> None:
     assert not wrong, f"relative errors too large: {wrong}"
 
 
+def made_inputs(specs: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """The inputs that follow from their names; others are stored as they are, and read by the family."""
+    made = {key: spec for key, spec in specs.items() if "name" in spec}
+    return {
+        key: torch.from_numpy(synth.synth_input(spec["name"], spec["shape"], spec.get("scale", 1.0)))
+        for key, spec in made.items()
+    }
+
+
 def extra_errors(family: Family, model: Any, fixture: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Errors of the fixture's further runs, which have inputs of their own, such as a batch of two."""
     errors = {}
     for i, case in enumerate(fixture.get("extra_cases", [])):
-        inputs = {key: torch.from_numpy(synth.synth_input(**spec)) for key, spec in case["inputs"].items()}
-        outputs = family.run(model, inputs, {**fixture, **case})
+        outputs = family.run(model, made_inputs(case["inputs"]), {**fixture, **case})
         for key, summary in case["outputs"].items():
             errors[f"case {i}: {key}"] = (synth.relative_error(outputs[key].numpy(), summary), TOLERANCE)
     return errors

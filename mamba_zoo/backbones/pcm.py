@@ -1,0 +1,483 @@
+"""PCM (Point Cloud Mamba): a pyramid of points, each layer along another order. Zhang et al. 2024, arXiv:2403.00762.
+
+Follows the arithmetic of SkyworkAI/PointCloudMamba@57fdb29d3cf1 openpoints/models/PCM/PCM.py (no licence stated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.drop import calculate_drop_path_rates
+from timm.layers.weight_init import trunc_normal_
+from torch import Tensor, nn
+
+from ..scans._cloud import PointScanLike, cloud_order, cloud_spec, rows_of, trusted
+from ._block import AddNormBlock, RMSNorm
+from ._keys import Key, rename
+from ._mixer import Mamba
+from ._point_model import PointBackbone, PointHead, build_point_model, mark_published, mixer_keys, pointwise
+from ._points import furthest_points, interpolate_points, nearest_points, take_points
+from ._register import Card, register
+
+_SIX = "cts('xyz'), cts('xzy'), cts('yxz'), cts('yzx'), cts('zxy'), cts('zyx')"
+SCAN = f"join({_SIX}, hilbert, zcurve, zcurve_trans)"
+TINY_SCAN = f"join({_SIX})"
+
+
+class PointLinear(nn.Module):
+    """Linear, batch norm, ReLU over points `(..., in)` to `(..., out)`."""
+
+    def __init__(self, dim: int, out: int, bias: bool = False, act: bool = True, device=None, dtype=None):
+        super().__init__()
+        dd: Any = {"device": device, "dtype": dtype}
+        self.proj = nn.Linear(dim, out, bias=bias, **dd)
+        self.norm = nn.BatchNorm1d(out, **dd)
+        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return self.act(self.norm(self.proj(x).flatten(0, -2))).unflatten(0, x.shape[:-1])
+
+
+class ResidualPoints(nn.Module):
+    """`ReLU(net2(net1(x)) + x)` for every point."""
+
+    def __init__(self, dim: int, bias: bool = False, device=None, dtype=None):
+        super().__init__()
+        dd: Any = {"device": device, "dtype": dtype}
+        self.net1 = PointLinear(dim, dim, bias, **dd)
+        self.net2 = PointLinear(dim, dim, bias, act=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., dim)` to the same shape."""
+        return F.relu(self.net2(self.net1(x)) + x)
+
+
+class PCMStage(nn.Module):
+    """Points are thinned out, gather their neighbours, and pass mixers, each along an order of its own.
+
+    Args:
+        dim: Width of what comes in.
+        out: Width of the stage.
+        reducer: One of so many points is kept.
+        neighbours: Points that each one gathers.
+        pre_blocks: Residual layers on gathered points.
+        rates: Stochastic depth of each mixer.
+        project_residual: Whether the residual stream changes its width here.
+        prompt_dim: Width of the prompts.
+        d_state: States n.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out: int,
+        reducer: int,
+        neighbours: int,
+        pre_blocks: int,
+        rates: Sequence[float],
+        project_residual: bool,
+        prompt_dim: int,
+        d_state: int = 16,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd: Any = {"device": device, "dtype": dtype}
+        self.reducer, self.neighbours = reducer, neighbours
+        self.alpha = nn.Parameter(torch.ones(dim + 3, **dd))
+        self.beta = nn.Parameter(torch.zeros(dim + 3, **dd))
+        self.transfer = PointLinear(2 * dim + 3, out, **dd)
+        self.pre = nn.Sequential(*(ResidualPoints(out, **dd) for _ in range(pre_blocks)))
+        self.residual_proj = nn.Linear(dim, out, bias=False, **dd) if project_residual else None
+        self.pos_proj = nn.Linear(3, out, bias=False, **dd)
+        self.prompt_proj = nn.Linear(prompt_dim, out, bias=False, **dd)
+        self.blocks = nn.ModuleList(
+            AddNormBlock(out, Mamba(out, d_state, k=2, reduce="sum", **dd), rate, RMSNorm, **dd) for rate in rates
+        )
+
+    def thin(self, xyz: Tensor) -> Tensor:
+        """Indices `(b, n // reducer)` of the points that stay, ascending, so that their order survives."""
+        return furthest_points(xyz, xyz.shape[1] // self.reducer).sort(dim=1).values
+
+    def gather(self, xyz: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
+        """Features `(b, n, dim)` at points `(b, n, 3)` to features `(b, m, out)` of the points that `index` keeps."""
+        both = torch.cat([x, xyz.to(x.dtype)], dim=-1)
+        kept, centres, own = (both, xyz, x) if index is None else (take_points(v, index) for v in (both, xyz, x))
+        near = nearest_points(xyz, centres, self.neighbours)[1]
+        offset = (take_points(both, near) - kept[:, :, None]).float()
+        offset = (offset / (offset.std(dim=(1, 2, 3), keepdim=True) + 1e-5)).to(x.dtype) * self.alpha + self.beta
+        own = own[:, :, None].expand(-1, -1, self.neighbours, -1)
+        return self.pre(self.transfer(torch.cat([offset, own], dim=-1))).amax(2)
+
+    def mix(
+        self, block: nn.Module, xyz: Tensor, x: Tensor, residual: Tensor | None, order: Tensor, prompt: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One mixer along `order (b, n)`, the projected `prompt (p, dim)` read before and after all points."""
+        b, n, _ = x.shape
+        p = len(prompt)
+        ends = self.prompt_proj(prompt).to(x.dtype).expand(b, -1, -1)
+        tokens = torch.cat([ends, x + self.pos_proj(xyz.to(x.dtype)), ends], dim=1)
+        if residual is not None:
+            wide = ends.to(residual.dtype)
+            residual = torch.cat([wide, residual, wide], dim=1)
+        ahead = torch.arange(p, device=x.device).expand(b, -1)
+        forth = torch.cat([ahead, order + p, ahead + (n + p)], dim=1)
+        table = trusted(torch.stack([forth, forth.flip(1)], dim=1), n + 2 * p)
+        x, residual = block(tokens, residual, table)
+        return x[:, p : p + n], residual[:, p : p + n]
+
+
+class PCM(PointBackbone):
+    """Stages that halve the points; every layer visits them along its own order, told by a prompt which it is.
+
+    Args:
+        num_classes: Classes; 0 returns what the classifier would read.
+        in_chans: Numbers per point that are embedded; 3 are the coordinates.
+        dim: Width of the embedding.
+        dim_expansion: Factor of the width at each stage.
+        depths: Mixers of each stage.
+        pre_blocks: Residual layers on gathered points in each stage.
+        neighbours: Points that each point gathers, in each stage.
+        reducers: One of so many points is kept, in each stage.
+        scan: Orders of the points, see `scans.points`: the mixers take its directions in turn.
+        prompts: Tokens that tell a mixer its order, on either side; 0 has none.
+        prompt_dim: Their width.
+        d_state: States n.
+        hidden: Widths of the head before the classifier.
+        drop_rate: Dropout in the head.
+        drop_path_rate: Stochastic depth of the last mixer.
+        published: Serialize as the published code does: the snakes reduced to sorts along their first axis, with many
+            ties, and decided, like the depth of Hilbert's curve, by the whole batch. None does so for published weights.
+            Their prompts may be numbered in another way: the published numbering follows the hashes of strings in the
+            process that trained it.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: an unknown scan, or settings of different numbers of stages.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 40,
+        in_chans: int = 3,
+        dim: int = 384,
+        dim_expansion: Sequence[int] = (1, 1, 2, 1),
+        depths: Sequence[int] = (1, 2, 2, 4),
+        pre_blocks: Sequence[int] = (1, 1, 1, 1),
+        neighbours: Sequence[int] = (12, 12, 12, 12),
+        reducers: Sequence[int] = (1, 2, 2, 2),
+        scan: PointScanLike = SCAN,
+        prompts: int = 6,
+        prompt_dim: int = 384,
+        d_state: int = 16,
+        hidden: tuple[int, ...] = (512, 256),
+        drop_rate: float = 0.5,
+        drop_path_rate: float = 0.1,
+        published: bool | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(num_classes, published, in_chans)
+        dd: Any = {"device": device, "dtype": dtype}
+        sizes = {len(v) for v in (dim_expansion, depths, pre_blocks, neighbours, reducers)}
+        if len(sizes) > 1:
+            raise ValueError(f"dim_expansion, depths, pre_blocks, neighbours and reducers have {sorted(sizes)} stages")
+        self.scan = cloud_spec(scan)
+        rates: list[float] = calculate_drop_path_rates(drop_path_rate, sum(depths))  # type: ignore[assignment]
+        self.rows = rows_of(self.scan)[: sum(depths)]
+        self.prompts = prompts
+        self.embedding = PointLinear(in_chans, dim, **dd)
+        self.order_prompt = nn.Parameter(torch.empty(prompts * len(self.rows), prompt_dim, **dd))
+        dims = [dim]
+        for factor in dim_expansion:
+            dims.append(dims[-1] * factor)
+        self.stages = nn.ModuleList(
+            PCMStage(
+                dims[i], dims[i + 1], reducers[i], neighbours[i], pre_blocks[i],
+                rates[sum(depths[:i]) : sum(depths[: i + 1])], i > 0 and dims[i] != dims[i + 1], prompt_dim, d_state,
+                **dd,
+            )
+            for i in range(len(depths))
+        )  # fmt: skip
+        self.dims, self.num_features = dims, dims[-1]
+        self.head = PointHead(dims[-1], num_classes, hidden, drop_rate, bias=False, **dd)
+        self.head_hidden_size = self.head.num_features
+        trunc_normal_(self.order_prompt, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """As for all models, and the prompts."""
+        return super().no_weight_decay() | {"order_prompt"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by stage."""
+        return {"stem": r"^embedding|^order_prompt", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)"}
+
+    def published_row(self, spec: str) -> str:
+        """The spec of a direction as the published code computes it."""
+        if spec.startswith("cts("):
+            return f"{spec[:-1]}, published=True)"
+        return f"{spec}(shared_depth=True)" if spec == "hilbert" else spec
+
+    def pyramid(self, x: Tensor, features: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Coordinates and features of the points after the embedding and after every stage.
+
+        Args:
+            x: Points `(b, n, 3)`.
+            features: `(b, n, in_chans)`; None takes the coordinates.
+
+        Returns:
+            `(b, n_i, 3)` and `(b, n_i, dims[i])` for each, the points of a stage along its last order.
+
+        Raises:
+            ValueError: clouds or features of another shape.
+        """
+        self.check(x)
+        if features is None and self.in_chans == 3:
+            features = x
+        if features is None or features.shape != (*x.shape[:2], self.in_chans):
+            found = None if features is None else tuple(features.shape)
+            raise ValueError(f"features must be {(*x.shape[:2], self.in_chans)} to go with clouds, not {found}")
+        points, tokens = [x], [self.embedding(features.to(self.embedding.proj.weight.dtype))]
+        residual, layer = None, 0
+        for stage in self.stages:
+            xyz, x = points[-1], tokens[-1]
+            assert isinstance(stage, PCMStage)
+            index = stage.thin(xyz) if stage.reducer > 1 else None
+            x = stage.gather(xyz, x, index)
+            if index is not None:
+                xyz = take_points(xyz, index)
+                residual = residual if residual is None else take_points(residual, index)
+            if residual is not None and stage.residual_proj is not None:
+                residual = stage.residual_proj(residual.to(x.dtype)).to(residual.dtype)
+            order = torch.arange(xyz.shape[1], device=x.device).expand(len(x), -1)
+            for block in stage.blocks:
+                number = layer % len(self.rows)
+                spec, row = self.rows[number]
+                spec = self.published_row(spec) if self.published else spec
+                # The published code sorts what is sorted already, so that the order before decides between ties.
+                order = order.gather(1, cloud_order(spec, take_points(xyz, order))[:, row])
+                prompt = self.order_prompt[number * self.prompts : (number + 1) * self.prompts]
+                x, residual = self.run(stage.mix, block, xyz, x, residual, order, prompt)
+                layer += 1
+            points.append(take_points(xyz, order))
+            tokens.append(take_points(x, order))
+            residual = residual if residual is None else take_points(residual, order)
+        return points, tokens
+
+    def forward_features(self, x: Tensor, features: Tensor | None = None) -> Tensor:
+        """Clouds `(b, n, 3)`, and features if the model takes any, to tokens `(b, m, num_features)`."""
+        return self.pyramid(x, features)[1][-1]
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The maximum over the points."""
+        return x.amax(1)
+
+    def forward(self, x: Tensor, features: Tensor | None = None) -> Tensor:
+        """Clouds `(b, n, 3)`, and features `(b, n, in_chans)` if that is not 3, to logits `(b, num_classes)`."""
+        return self.forward_head(self.forward_features(x, features))
+
+
+class PCMParts(PCM):
+    """A label for every point, by interpolation up the pyramid; told the label of its shape, or not.
+
+    Args:
+        num_classes: Parts, of all shapes together.
+        num_shapes: Shapes whose label the model is told; 0 tells it nothing.
+        in_chans: Numbers per point that are embedded.
+        dim: Width of the embedding.
+        dim_expansion: Factor of the width at each stage.
+        depths: Mixers of each stage.
+        pre_blocks: Residual layers on gathered points in each stage.
+        neighbours: Points that each point gathers, in each stage.
+        reducers: One of so many points is kept, in each stage.
+        decoder_dims: Widths on the way up.
+        scan: Orders of the points, as for `PCM`.
+        prompts: Tokens that tell a mixer its order, on either side.
+        prompt_dim: Their width.
+        d_state: States n.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last mixer.
+        published: See `PCM`.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 50,
+        num_shapes: int = 16,
+        in_chans: int = 7,
+        dim: int = 384,
+        dim_expansion: Sequence[int] = (1, 1, 2, 1),
+        depths: Sequence[int] = (1, 2, 2, 4),
+        pre_blocks: Sequence[int] = (1, 1, 1, 1),
+        neighbours: Sequence[int] = (12, 12, 12, 12),
+        reducers: Sequence[int] = (2, 2, 2, 2),
+        decoder_dims: Sequence[int] = (768, 384, 384, 384),
+        scan: PointScanLike = SCAN,
+        prompts: int = 6,
+        prompt_dim: int = 384,
+        d_state: int = 16,
+        drop_rate: float = 0.5,
+        drop_path_rate: float = 0.1,
+        published: bool | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(
+            0, in_chans, dim, dim_expansion, depths, pre_blocks, neighbours, reducers, scan, prompts, prompt_dim,
+            d_state, (), drop_rate, drop_path_rate, published, device, dtype,
+        )  # fmt: skip
+        dd: Any = {"device": device, "dtype": dtype}
+        if len(decoder_dims) != len(depths):
+            raise ValueError(f"decoder_dims={decoder_dims} must name {len(depths)} widths, one for each stage")
+        self.num_shapes, self.num_classes = num_shapes, num_classes
+        levels = self.dims[::-1]
+        self.decoder = nn.ModuleList(
+            nn.Sequential(PointLinear(above + beside, out, bias=True, **dd), ResidualPoints(out, bias=True, **dd))
+            for above, beside, out in zip([levels[0], *decoder_dims[:-1]], levels[1:], decoder_dims, strict=True)
+        )
+        width = decoder_dims[-1]
+        self.context = nn.ModuleList(PointLinear(level, 64, **dd) for level in levels)
+        self.context_end = PointLinear(64 * len(levels), 64, **dd)
+        self.shape_embed = (
+            nn.Sequential(PointLinear(num_shapes, 64, **dd), PointLinear(64, 64, **dd)) if num_shapes else None
+        )
+        width += 128 if num_shapes else 64
+        self.head = PointHead(3 * width, num_classes, (3 * width,), drop_rate, bias=False, **dd)
+        self.head_hidden_size = self.head.num_features
+
+    def forward_features(self, x: Tensor, features: Tensor | None = None, shape: Tensor | None = None) -> Tensor:
+        """What the head reads of every point, `(b, n, d)`; arguments as for `forward`.
+
+        Raises:
+            ValueError: the label of the shape is missing, or given to a model that is not told any.
+        """
+        if (shape is None) == bool(self.num_shapes):
+            wanted = f"a label (b,) below {self.num_shapes}" if self.num_shapes else "no label"
+            raise ValueError(f"this model takes {wanted} of every cloud's shape, but shape={shape!r}")
+        points, tokens = self.pyramid(x, features)
+        points, tokens = points[::-1], tokens[::-1]
+        y = tokens[0]
+        for i, layer in enumerate(self.decoder):
+            y = layer(torch.cat([tokens[i + 1], interpolate_points(points[i + 1], points[i], y)], dim=-1))
+        seen = [layer(level).amax(1) for layer, level in zip(self.context, tokens, strict=True)]
+        told = [self.context_end(torch.cat(seen, dim=-1))]
+        if shape is not None and self.shape_embed is not None:
+            told.append(self.shape_embed(F.one_hot(shape, self.num_shapes).to(y.dtype)))
+        y = torch.cat([y, torch.cat(told, dim=-1)[:, None].expand(-1, y.shape[1], -1)], dim=-1)
+        whole = torch.cat([y.amax(1), y.mean(1)], dim=-1)
+        return torch.cat([y, whole[:, None].expand(-1, y.shape[1], -1)], dim=-1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Classify every point."""
+        return self.head(x, pre_logits)
+
+    def forward(self, x: Tensor, shape: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Parts of clouds.
+
+        Args:
+            x: Points `(b, n, 3)`.
+            shape: Label `(b,)` of each cloud's shape, if the model is told it.
+            features: `(b, n, in_chans)`, if that is not 3.
+
+        Returns: Logits `(b, n, num_classes)`.
+        """
+        return self.forward_head(self.forward_features(x, features, shape))
+
+
+_NET = r"net\.(0|1)\."
+
+
+def _layer(found: Any) -> str:
+    return "proj." if found[1] == "0" else "norm."
+
+
+KEYS = [
+    Key(r"^encoder\.embedding\.", "embedding."),
+    Key(r"^encoder\.order_prompt\.weight$", "order_prompt"),
+    Key(r"^encoder\.(pos_proj|order_prompt_proj)\.(\d)\.", lambda f: f"stages.{f[2]}.{_PROJ[f[1]]}."),
+    Key(r"^encoder\.local_grouper_list\.(\d)\.affine_(alpha|beta)$", r"stages.\1.\2", convert=lambda v: v.flatten()),
+    Key(r"^encoder\.pre_blocks_list\.(\d)\.transfer\.", r"stages.\1.transfer."),
+    Key(r"^encoder\.pre_blocks_list\.(\d)\.operation\.(\d)\.", r"stages.\1.pre.\2."),
+    Key(r"^encoder\.residual_proj_blocks_list\.(\d)\.", r"stages.\1.residual_proj."),
+    Key(r"^encoder\.mamba_blocks_list\.(\d)\.(\d)\.", r"stages.\1.blocks.\2."),
+    Key(r"^decoder\.decode_list\.(\d)\.fuse\.", r"decoder.\1.0."),
+    Key(r"^decoder\.decode_list\.(\d)\.extraction\.operation\.0\.", r"decoder.\1.1."),
+    Key(r"^decoder\.cls_map\.", "shape_embed."),
+    Key(r"^decoder\.gmp_map_list\.", "context."),
+    Key(r"^decoder\.gmp_map_end\.", "context_end."),
+    Key(r"(?<=\.)net\.(0|1)\.", _layer),
+    Key(r"(?<=\.net1\.|\.net2\.)(0|1)\.", _layer),
+    Key(r"^prediction\.head\.([02])\.([01])\.", lambda f: f"head.hidden.{2 * int(f[1]) + int(f[2])}."),
+    Key(r"^prediction\.head\.4\.0\.", "head.fc."),
+    Key(r"^head\.head\.0\.([01])\.", r"head.hidden.\1."),
+    Key(r"^head\.head\.2\.0\.", "head.fc."),
+    Key(r"^((?!stages\.\d\.blocks).*\.weight)$", r"\1", convert=lambda v: pointwise(v) if v.dim() == 3 else v),
+    *mixer_keys(r"^(stages\.\d+\.blocks\.\d+\.mixer\.)"),
+]
+_PROJ = {"pos_proj": "pos_proj", "order_prompt_proj": "prompt_proj"}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """A published state dict in our names."""
+    published = any(name.startswith("encoder.mamba_blocks_list.") for name in state_dict)
+    return mark_published(rename(state_dict, KEYS) if published else state_dict, model, published)
+
+
+_CFG: dict[str, Any] = {"input_size": None, "classifier": "head.fc"}
+_TINY: dict[str, Any] = {"dim": 192, "depths": (1, 1, 2, 2), "scan": TINY_SCAN}
+
+
+def _card(params: int, notes: str) -> Card:
+    return Card(
+        "points", "SkyworkAI/PointCloudMamba@57fdb29d3cf1 openpoints/models/PCM/PCM.py", "none stated", "2403.00762",
+        params, drop_path=0.1, url="https://huggingface.co/zhangtao-whu/PCM",
+        notes=f"{notes} Weights are published, but under names that the repository does not say.",
+    )  # fmt: skip
+
+
+@register(_card(34_229_824, "ModelNet40, 1,024 points: 93.1 % (published)."), num_classes=40, **_CFG)
+def pcm(pretrained: bool = False, **kwargs: Any) -> PCM:
+    """PCM for ModelNet40: 34 M parameters, 93.1 % of 40 classes (official README)."""
+    return build_point_model(PCM, "pcm", pretrained, checkpoint_filter_fn, **kwargs)
+
+
+@register(_card(6_950_656, "ModelNet40, 1,024 points: 93.3 % (published)."), num_classes=40, **_CFG)
+def pcm_tiny(pretrained: bool = False, **kwargs: Any) -> PCM:
+    """PCM-Tiny for ModelNet40: 7 M parameters, 93.3 % of 40 classes (official README)."""
+    return build_point_model(PCM, "pcm_tiny", pretrained, checkpoint_filter_fn, **{**_TINY, **kwargs})
+
+
+@register(_card(34_223_783, "ScanObjectNN PB_T50_RS, with height: 88.0 % (published)."), num_classes=15, **_CFG)
+def pcm_scanobjectnn(pretrained: bool = False, **kwargs: Any) -> PCM:
+    """PCM for ScanObjectNN, from coordinates and height: 88.0 % on PB_T50_RS (official README)."""
+    args = {"num_classes": 15, "in_chans": 4, **kwargs}
+    return build_point_model(PCM, "pcm_scanobjectnn", pretrained, checkpoint_filter_fn, **args)
+
+
+@register(_card(6_944_423, "ScanObjectNN PB_T50_RS, with height: 87.1 % (published)."), num_classes=15, **_CFG)
+def pcm_tiny_scanobjectnn(pretrained: bool = False, **kwargs: Any) -> PCM:
+    """PCM-Tiny for ScanObjectNN, from coordinates and height: 87.1 % on PB_T50_RS (official README)."""
+    args = {**_TINY, "num_classes": 15, "in_chans": 4, **kwargs}
+    return build_point_model(PCM, "pcm_tiny_scanobjectnn", pretrained, checkpoint_filter_fn, **args)
+
+
+@register(_card(40_626_634, "ShapeNetPart, with normals and height: instance mIoU 87.3."), num_classes=50, **_CFG)
+def pcm_parts(pretrained: bool = False, **kwargs: Any) -> PCMParts:
+    """PCM for parts of ShapeNet, from coordinates, normals and height: 87.3 % instance mIoU (official README)."""
+    return build_point_model(PCMParts, "pcm_parts", pretrained, checkpoint_filter_fn, **kwargs)
+
+
+@register(_card(8_773_834, "ShapeNetPart, with normals and height: instance mIoU 87.1."), num_classes=50, **_CFG)
+def pcm_tiny_parts(pretrained: bool = False, **kwargs: Any) -> PCMParts:
+    """PCM-Tiny for parts of ShapeNet: 9 M parameters, 87.1 % instance mIoU (official README)."""
+    args = {**_TINY, "decoder_dims": (384, 192, 192, 192), **kwargs}
+    return build_point_model(PCMParts, "pcm_tiny_parts", pretrained, checkpoint_filter_fn, **args)
