@@ -7,27 +7,29 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from timm.layers._fx import register_notrace_module
 from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
-
-def _widened(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    """The parameter in the dtype of `x` if that is the wider one: a float32 stream through a bfloat16 model."""
-    if parameter is None or parameter.dtype.itemsize >= x.dtype.itemsize:
-        return parameter
-    return parameter.to(x.dtype)
+from ..kernels import add_norm
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm over the last axis, which may be wider in dtype than the weights; the output keeps its dtype."""
+    """Layer norm over the last axis, which may be wider in dtype than the weights."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`(..., d)` to `(..., d)`."""
-        weight, bias = _widened(self.weight, input), _widened(self.bias, input)
-        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+    def forward(
+        self, input: Tensor, branch: Tensor | None = None, scale: Tensor | None = None, narrow: bool = False
+    ) -> Any:  # Tensor, or (Tensor, Tensor) with a branch
+        """`(b, ..., d)` to `(b, ..., d)`.
+
+        Args:
+            input: The stream.
+            branch: Added to the stream first; the sum is then returned as well, before the normed tokens.
+            scale: Of each sample's branch `(b,)`, from `branch_scale`.
+            narrow: Give the normed tokens in the dtype that a linear layer computes in; else in their own.
+        """
+        return _normed(input, self.weight, self.bias, branch, scale, self.eps, "layer", narrow)
 
 
 class RMSNorm(nn.Module):
@@ -45,13 +47,42 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., d)` to `(..., d)`, in the dtype of `x`."""
-        return F.rms_norm(x, self.weight.shape, _widened(self.weight, x), self.eps)
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None, narrow: bool = False
+    ) -> Any:  # Tensor, or (Tensor, Tensor) with a branch
+        """As for `LayerNorm`."""
+        return _normed(x, self.weight, None, branch, scale, self.eps, "rms", narrow)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{len(self.weight)}, eps={self.eps}"
+
+
+def _normed(x, weight, bias, branch, scale, eps, kind, narrow) -> Any:
+    dtype = linear_dtype(x if branch is None else branch) if narrow else x.dtype
+    stream, y = add_norm(x, weight, bias, branch, scale, eps, kind, dtype)
+    return y if branch is None else (stream, y)
+
+
+def branch_scale(branch: Tensor, drop_path: float) -> Tensor | None:
+    """A factor for each sample's branch `(b,)`: 0 with probability `drop_path`, otherwise what keeps the mean."""
+    if drop_path == 0:
+        return None
+    scale = branch.new_empty(len(branch), dtype=torch.float32).bernoulli_(1 - drop_path)
+    return scale / (1 - drop_path) if drop_path < 1 else scale
+
+
+def _rate(drop_path: nn.Module) -> float:
+    """The rate of timm's `DropPath` as it is now; 0 for an identity."""
+    return drop_path.drop_prob if isinstance(drop_path, DropPath) and drop_path.training else 0.0
+
+
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer given `x` computes in: autocast's, where it is on, or its own."""
+    kind = x.device.type
+    if kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 class MapBlock(nn.Module):
@@ -89,10 +120,11 @@ class MapBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map `(b, h, w, dim)` to one of the same shape."""
-        x = x + self.drop_path1(self.mixer(self.norm1(x)))
-        if self.mlp is not None:
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x
+        y = self.mixer(self.norm1(x, narrow=True))
+        if self.mlp is None:
+            return x + self.drop_path1(y)
+        x, y = self.norm2(x, y, branch_scale(y, _rate(self.drop_path1)), narrow=True)
+        return x + self.drop_path2(self.mlp(y))
 
 
 class AddNormBlock(nn.Module):
@@ -131,9 +163,13 @@ class AddNormBlock(nn.Module):
 
         `order` of a packed batch is the pair `(order, cu_seqlens)`.
         """
-        residual = add_residual(self.drop_path(hidden), residual)
         visits = order if isinstance(order, tuple) else (order,)
-        return self.mixer(self.norm(residual).to(hidden.dtype), *visits), residual
+        if residual is None:
+            stream = add_residual(self.drop_path(hidden), None)
+            y = self.norm(stream, narrow=True).to(linear_dtype(hidden))
+        else:
+            stream, y = self.norm(residual, hidden, branch_scale(hidden, _rate(self.drop_path)), narrow=True)
+        return self.mixer(y, *visits), stream
 
 
 def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
@@ -146,4 +182,5 @@ def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
 # torch.fx takes these whole, because they look at dtypes. Not as decorators, which would hide their types.
 for _leaf in (LayerNorm, RMSNorm):
     register_notrace_module(_leaf)
-torch.fx.wrap("add_residual")
+for _name in ("add_residual", "branch_scale", "linear_dtype"):
+    torch.fx.wrap(_name)

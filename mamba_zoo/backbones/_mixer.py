@@ -163,7 +163,7 @@ class SS2D(nn.Module):
         # A channels-last map seen as (b, d, h, w) is what torch calls channels_last: nothing is copied on either side.
         u = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         y = u if self.ssm is None else self.visit(self.ssm, u.reshape(b, h * w, -1), (h, w)).unflatten(1, (h, w))
-        y = self.out_norm(y).to(u.dtype)
+        y = self.out_norm(y, narrow=True).to(u.dtype)
         return self.out_proj(y if z is None else y * F.silu(z))
 
     def visit(self, ssm: SelectiveSSM, u: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -39,7 +39,7 @@ class Op:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run it."""
-        if torch.compiler.is_compiling() or _watched(inputs):
+        if watched(inputs) or torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
             return self.registered(*inputs)
         return self._differentiable(*inputs)
 
@@ -81,12 +81,11 @@ def _differentiable(run: Callable, save: Callable, gradient: Callable) -> Callab
     return call
 
 
-def _watched(inputs: tuple) -> bool:
+def watched(inputs: tuple) -> bool:
     """Whether anybody would see the op called, or a tensor is of a kind that the kernel cannot read."""
-    return (
+    return torch.compiler.is_compiling() or (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
         or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta) for x in inputs)
     )

@@ -1,0 +1,78 @@
+"""Kernels of `add_norm`: a program holds whole rows, so that mean and variance need no second look at memory."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_norm_forward(
+    x, branch, scale, weight, bias, stream, y, statistics, rows, d, rows_per_sample, eps,
+    RMS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < d
+    real = (row < rows)[:, None] & inside[None, :]
+    at = row[:, None] * d + channel[None, :]
+    h = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
+    if branch is not None:
+        added = tl.load(branch + at, mask=real, other=0.0).to(tl.float32)
+        if scale is not None:
+            factor = tl.load(scale + row // rows_per_sample, mask=row < rows, other=0.0).to(tl.float32)
+            added *= factor[:, None]
+        h += added
+        tl.store(stream + at, h, mask=real)
+        # The norm and its gradient see the stream as it is stored.
+        h = h.to(stream.dtype.element_ty).to(tl.float32)
+    if RMS:
+        mean = tl.zeros((TILE,), tl.float32)
+    else:
+        mean = tl.sum(h, 1) / d
+        h = tl.where(inside[None, :], h - mean[:, None], 0.0)
+    spread = tl.rsqrt(tl.sum(h * h, 1) / d + eps)
+    out = h * spread[:, None] * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        out += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, out, mask=real)
+    tl.store(statistics + row, mean, mask=row < rows)
+    tl.store(statistics + rows + row, spread, mask=row < rows)
+
+
+@triton.jit
+def add_norm_backward(
+    dy, dstream, stream, scale, weight, statistics, dx, dbranch, partial, rows, d, rows_per_sample,
+    RMS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < d
+    factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    dbias = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(part, tl.cdiv(rows, TILE), parts):
+        row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+        real = (row < rows)[:, None] & inside[None, :]
+        at = row[:, None] * d + channel[None, :]
+        mean = tl.load(statistics + row, mask=row < rows, other=0.0)
+        spread = tl.load(statistics + rows + row, mask=row < rows, other=0.0)
+        h = tl.load(stream + at, mask=real, other=0.0).to(tl.float32)
+        normed = tl.where(real, (h - mean[:, None]) * spread[:, None], 0.0)
+        g = tl.load(dy + at, mask=real, other=0.0).to(tl.float32)
+        dweight += tl.sum(g * normed, 0)
+        dbias += tl.sum(g, 0)
+        g *= factor[None, :]
+        along = tl.sum(g * normed, 1) / d
+        gradient = g - normed * along[:, None]
+        if not RMS:
+            gradient -= (tl.sum(g, 1) / d)[:, None]
+        gradient *= spread[:, None]
+        if dstream is not None:
+            gradient += tl.load(dstream + at, mask=real, other=0.0).to(tl.float32)
+        tl.store(dx + at, gradient, mask=real)
+        if dbranch is not None:
+            if scale is not None:
+                kept = tl.load(scale + row // rows_per_sample, mask=row < rows, other=0.0).to(tl.float32)
+                gradient *= kept[:, None]
+            tl.store(dbranch + at, gradient, mask=real)
+    tl.store(partial + part * d + channel, dweight, mask=inside)
+    tl.store(partial + (parts + part) * d + channel, dbias, mask=inside)

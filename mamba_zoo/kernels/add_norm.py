@@ -1,0 +1,87 @@
+"""Add a branch to the residual stream and normalise the sum, as one pass over memory where Triton runs.
+
+In plain torch under autocast this is an addition, a float32 norm and a cast, forward and backward: four times the
+traffic, and a quarter of the training step of VMamba-T (`benchmarks/README.md`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._backend import implementation, refusals
+from ._op import watched
+
+KINDS = ("layer", "rms")
+
+
+def add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    branch: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-5,
+    kind: str = "layer",
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`x + scale * branch`, and its norm over the last axis.
+
+    Sums and statistics are float32 (float64 for float64 tokens). Differentiable once, in every tensor but `scale`.
+
+    Args:
+        x: The stream `(b, ..., d)`.
+        weight: `(d,)`.
+        bias: `(d,)`, for `kind="layer"` only.
+        branch: What is added, the shape of `x`; None adds nothing.
+        scale: `(b,)` factor of each sample's branch, as stochastic depth draws it; None is 1.
+        eps: Added to the variance, or to the mean square.
+        kind: "layer" (arXiv:1607.06450) or "rms" (arXiv:1910.07467).
+        out_dtype: Of the normed tokens; None is that of the stream.
+        backend: "auto", "triton" or "reference"; "auto" takes Triton on a GPU.
+
+    Returns:
+        The stream, in the wider dtype of `x` and `branch` (`x` itself without a branch); and the normed tokens.
+
+    Raises:
+        ValueError: shapes that disagree, an unknown `kind` or `backend`, a `bias` with "rms", `scale` without `branch`.
+    """
+    _check(x, weight, bias, branch, scale, kind, backend)
+    out_dtype = out_dtype or (x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype))
+    inputs = (x, branch, scale, weight, bias)
+    if backend == "triton" or (backend == "auto" and x.is_cuda and not watched(inputs) and _serves(x, branch)):
+        return implementation("triton", "add_norm").add_norm(*inputs, eps, kind == "rms", out_dtype)
+    stream = x
+    if branch is not None:
+        stream = x + (branch if scale is None else branch * scale.to(branch.dtype).view(-1, *[1] * (x.dim() - 1)))
+    widest = torch.promote_types(stream.dtype, torch.float32)
+    tokens = stream.to(widest)
+    weight, bias = weight.to(widest), bias if bias is None else bias.to(widest)
+    if kind == "rms":
+        y = F.rms_norm(tokens, weight.shape, weight, eps)
+    else:
+        y = F.layer_norm(tokens, weight.shape, weight, bias, eps)
+    return stream, y.to(out_dtype)
+
+
+def _serves(x: Tensor, branch: Tensor | None) -> bool:
+    return all(refusals("cuda", t.dtype)["triton"] is None for t in (x, branch) if t is not None)
+
+
+def _check(x, weight, bias, branch, scale, kind, backend) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"backend={backend!r} is unknown; choose 'auto', 'triton' or 'reference'")
+    if x.dim() < 2 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected the last axis of x {tuple(x.shape)}")
+    if bias is not None and (kind == "rms" or bias.shape != weight.shape):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; a layer norm takes {tuple(weight.shape)}, an RMS norm none"
+        )
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(f"branch has shape {tuple(branch.shape)}, expected that of x {tuple(x.shape)}")
+    if scale is not None and (branch is None or scale.shape != x.shape[:1]):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; it goes with a branch and holds one factor a sample")
