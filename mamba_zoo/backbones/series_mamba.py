@@ -39,7 +39,8 @@ class SeriesMamba(SeriesModel):
         d_state: States n.
         d_conv: Taps of the convolution.
         expand: Inner width of the mixers in units of `dim`.
-        scan: Order of the steps on the grid `(l,)`; "forward" is causal, "none" keeps the convolutions but scans nothing.
+        scan: Order of the steps on the grid `(l,)`; "forward" is causal, "none" keeps the convolutions but
+            scans nothing.
         use_norm: Normalise every series by its own mean and deviation.
         drop_rate: Dropout before the head.
         drop_path_rate: Stochastic depth of the last block, rising linearly to it.

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._registry import register_scan
+from ._registry import register_sample_order, register_scan
+from ._sample import GRID_SAMPLES
 
 
 @register_scan("forward", modality="series")
@@ -115,13 +116,35 @@ def permuted_spec(order: Sequence[int]) -> str:
     return f"permuted(({inside}{',' if len(order) == 1 else ''}))"
 
 
-def resolve_data_scan(scan: str, x: Tensor) -> str:
-    """`scan` with the word `correlation`, alone or within a composition, replaced by the spec it stands for on `x`.
+def with_correlation(scan: str, order: str) -> str:
+    """`scan` with the word "correlation", alone or within a composition, replaced by what it stands for.
 
     Args:
         scan: A spec, such as "both_ways(correlation)".
-        x: Training data `(steps, variates)`.
+        order: From `correlation_scan`.
     """
-    if not re.search(r"\bcorrelation\b", scan):
-        return scan
-    return re.sub(r"\bcorrelation\b", correlation_scan(x), scan)
+    return re.sub(r"\bcorrelation\b", order, scan)
+
+
+GRID_SAMPLES["series"] = lambda size: size
+
+
+@register_sample_order("correlation", modality="series")
+def correlation(size: tuple[int, ...]) -> np.ndarray:
+    """Variates that are alike one after another, by their correlation in the training data. One direction.
+
+    A name for `mamba-zoo fit` and `mamba-zoo compare`, which know the data; see `correlation_scan`.
+    """
+    raise ValueError(
+        "scan='correlation' follows from training data, which only mamba-zoo fit and compare know; elsewhere give "
+        "scans.correlation_scan(x) of your data (steps, variates)"
+    )
+
+
+@register_sample_order("learned", modality="series")
+def learned(size: tuple[int, ...]) -> np.ndarray:
+    """The order of variates that costs least, learned from random orders in training. One direction.
+
+    MambaTS (arXiv:2405.16440), the only model that learns one.
+    """
+    raise ValueError("scan='learned' is of mambats only, which learns its order; choose another order for this model")

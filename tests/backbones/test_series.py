@@ -62,7 +62,7 @@ def test_published_settings_give_the_published_number_of_parameters(name):
 
 
 def test_unknown_published_settings_are_refused():
-    with pytest.raises(ValueError, match="'etth1_96_97' is unknown for s_mamba.*etth1_96_96"):
+    with pytest.raises(ValueError, match=r"'etth1_96_97' is unknown for s_mamba.*etth1_96_96"):
         mamba_zoo.create_model("s_mamba", published="etth1_96_97")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mamba_zoo.scans import build_scan, correlation_scan, list_scans, permuted_spec, resolve_data_scan
+from mamba_zoo.scans import build_scan, correlation_scan, list_scans, permuted_spec, with_correlation
 
 
 def test_small_tables_by_hand():
@@ -43,10 +43,18 @@ def test_correlation_walks_along_alike_variates():
     assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset({0, 2}), frozenset({1, 3})}
     x[5, 1] = torch.nan  # a missing value does not spoil a variate
     assert correlation_scan(x) == spec
-    assert resolve_data_scan("both_ways(correlation)", x) == f"both_ways({spec})"
-    assert resolve_data_scan("forward", x) == "forward"
+    assert with_correlation("both_ways(correlation)", spec) == f"both_ways({spec})"
+    assert with_correlation("forward", spec) == "forward"
     with pytest.raises(ValueError, match=r"\(steps, variates\)"):
         correlation_scan(x[0])
+
+
+@pytest.mark.parametrize("name", ["correlation", "learned"])
+def test_orders_that_follow_from_data_need_them(name):
+    assert name in list_scans(modality="series")
+    assert name not in list_scans()
+    with pytest.raises(ValueError, match=f"scan='{name}'"):
+        build_scan(f"both_ways({name})", 5)
 
 
 def test_a_single_or_constant_variate_has_an_order():
