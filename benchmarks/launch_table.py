@@ -18,7 +18,7 @@ from mamba_zoo.kernels._cuda import _plan
 from mamba_zoo.kernels._cuda import selective_scan as implementation
 from mamba_zoo.kernels._cuda._plan import Launch
 
-from .kernels import DTYPES, make_inputs, median_ms
+from .kernels import DTYPES, graph_ms, make_inputs
 from .shapes import scan_shapes
 
 # (lanes, channels per thread, steps per tile, threads, resident blocks, decays kept in registers)
@@ -32,8 +32,11 @@ FORWARD = {
 }  # fmt: skip
 BACKWARD = {
     1: [(1, v, t, threads, blocks, True)
-        for v in (1, 2) for t in (8, 16) for threads, blocks in ((64, 4), (64, 6), (96, 4), (128, 2), (128, 4))],
-    16: [(2, 1, 8, 128, 2, True), (2, 1, 8, 128, 2, False), (2, 1, 8, 64, 4, True), (2, 1, 4, 128, 3, False),
+        for v in (1, 2) for t in (8, 16)
+        for threads, blocks in ((32, 8), (32, 12), (64, 4), (64, 6), (64, 8), (96, 4), (128, 2), (128, 4))],
+    16: [(4, 1, 8, 64, 6, True), (4, 1, 8, 64, 8, True), (4, 1, 4, 128, 4, True), (4, 1, 4, 64, 8, True),
+         (2, 1, 4, 64, 6, True), (2, 1, 8, 64, 5, False), (2, 1, 8, 128, 3, False),
+         (2, 1, 8, 128, 2, True), (2, 1, 8, 128, 2, False), (2, 1, 8, 64, 4, True), (2, 1, 4, 128, 3, False),
          (2, 1, 4, 128, 3, True), (2, 1, 4, 128, 2, True), (1, 1, 4, 128, 2, True), (1, 1, 4, 64, 4, True),
          (4, 1, 8, 128, 3, True), (4, 1, 8, 128, 4, True), (4, 1, 8, 128, 4, False), (4, 1, 8, 128, 2, True),
          (4, 1, 16, 128, 2, True), (2, 1, 8, 256, 1, True)],
@@ -48,18 +51,24 @@ def candidates(table: dict[int, list], n: int, d: int) -> Iterator[Launch]:
             yield launch
 
 
-def time_pass(problem: dict[str, Any], backward: bool) -> float:
-    """Median ms of a forward pass without, or a backward pass after, saved states."""
+def time_pass(problem: dict[str, Any], backward: bool, compile_only: bool) -> float:
+    """Median ms on the device of a forward pass, or of a forward and a backward pass."""
     inputs = [v for v in problem.values() if torch.is_tensor(v) and v.requires_grad]
-    if not backward:
+    dy = torch.randn_like(selective_scan(**problem, backend="cuda"))
+
+    def run() -> Any:
+        if backward:
+            return torch.autograd.grad(selective_scan(**problem, backend="cuda"), inputs, dy)
         with torch.no_grad():
-            return median_ms(lambda: selective_scan(**problem, backend="cuda"))
-    y = selective_scan(**problem, backend="cuda")
-    dy = torch.randn_like(y)
-    return median_ms(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True))
+            return selective_scan(**problem, backend="cuda")
+
+    if compile_only:
+        run()
+        return 0.0
+    return graph_ms(run)
 
 
-def try_launches(shape, dtype: str, name: str, console: Console) -> None:
+def try_launches(shape, dtype: str, name: str, console: Console, compile_only: bool) -> None:
     """Time the shipped line and the candidates for one shape and pass."""
     backward = name == "backward"
     problem = make_inputs(shape, DTYPES[dtype], "cuda")
@@ -67,7 +76,7 @@ def try_launches(shape, dtype: str, name: str, console: Console) -> None:
     shipped = getattr(_plan, attribute)
     times: list[tuple[float, str]] = []
     try:
-        times.append((time_pass(problem, backward), "shipped"))
+        times.append((time_pass(problem, backward, compile_only), "shipped"))
         for launch in candidates(BACKWARD if backward else FORWARD, shape.n, shape.d):
             label = (
                 f"lanes {launch.lanes} x {launch.width} channels, T {launch.tile}, {launch.threads} threads, "
@@ -76,12 +85,14 @@ def try_launches(shape, dtype: str, name: str, console: Console) -> None:
             setattr(_plan, attribute, lambda *_, line=launch: line)
             implementation._setups.clear()
             try:
-                times.append((time_pass(problem, backward), label))
+                times.append((time_pass(problem, backward, compile_only), label))
             except RuntimeError as error:
                 console.print(f"{label}: {str(error).splitlines()[0]}")
     finally:
         setattr(_plan, attribute, shipped)
         implementation._setups.clear()
+    if compile_only:
+        return
     table = Table(title=f"{shape.name} {dtype} {name}")
     table.add_column("ms")
     table.add_column("launch")
@@ -97,12 +108,13 @@ def main() -> None:
     parser.add_argument("--shape", nargs="*", help="names of shapes; all by default")
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
     parser.add_argument("--pass", dest="passes", nargs="*", default=["forward", "backward"])
+    parser.add_argument("--compile", action="store_true", help="fill the kernel cache only, one process a shape")
     options = parser.parse_args()
     console = Console(width=140)
     for shape in scan_shapes():
         if not options.shape or shape.name in options.shape:
             for name in options.passes:
-                try_launches(shape, options.dtype, name, console)
+                try_launches(shape, options.dtype, name, console, options.compile)
 
 
 if __name__ == "__main__":
