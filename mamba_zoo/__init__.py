@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ._factory import ModelCard, create_model, list_models, model_card, register_all
 
 if TYPE_CHECKING:
-    from . import compare, doctor, kernels, scans, tasks
+    from . import analysis, compare, doctor, kernels, scans, tasks
 
 __version__ = "0.1.0"
 __all__ = [
     "ModelCard",
     "__version__",
+    "analysis",
     "compare",
     "create_model",
     "doctor",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 # Imported on first use: some of them bring Lightning, Matplotlib or a compiler along.
-_LAZY = {"compare": ".compare", "doctor": ".doctor", "kernels": ".kernels", "scans": ".scans", "tasks": ".tasks"}
+_LAZY = {name: f".{name}" for name in ("analysis", "compare", "doctor", "kernels", "scans", "tasks")}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "test": ("mamba_zoo.tasks.evaluate", "test_main", "score a checkpoint on labelled data"),
     "predict": ("mamba_zoo.tasks.evaluate", "predict_main", "classify a folder of images into a CSV"),
     "compare": ("mamba_zoo.tasks.compare", "main", "the same model under several scan orders: one table"),
+    "look": ("mamba_zoo.analysis.look", "main", "receptive fields and what each direction sees, as pictures"),
 }
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C

@@ -13,7 +13,7 @@ import mamba_zoo
 
 PACKAGE = Path(mamba_zoo.__file__).parent
 # A file imports only from its own layer and from those before it.
-LAYERS = ["kernels", "scans", "blocks", "backbones", "factory", "tasks", "main"]
+LAYERS = ["kernels", "scans", "blocks", "backbones", "factory", "analysis", "tasks", "main"]
 HEAVY = [
     "cuda",
     "lightning",
@@ -140,7 +140,7 @@ def test_the_rule_sees_every_kind_of_import(tmp_path):
 def test_submodules_are_there_when_asked_for():
     assert callable(mamba_zoo.kernels.selective_scan)
     assert callable(mamba_zoo.scans.build_scan)
-    assert {"kernels", "scans", "tasks", "compare"} <= set(dir(mamba_zoo))
+    assert {"analysis", "kernels", "scans", "tasks", "compare"} <= set(dir(mamba_zoo))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mamba_zoo.nothing
 
