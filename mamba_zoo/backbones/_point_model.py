@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -194,7 +194,7 @@ class PointBackbone(Backbone, PublishedForm):
         self.num_classes = num_classes
         self.head.reset(num_classes, get_device_dtype(self))
 
-    def run(self, block: nn.Module, *args: Any) -> Any:
+    def run(self, block: Callable[..., Any], *args: Any) -> Any:
         """One block, its activations recomputed in the backward pass if asked."""
         return checkpoint(block, *args) if self.grad_checkpointing and self.training else block(*args)
 

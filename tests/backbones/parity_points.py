@@ -78,7 +78,11 @@ def pcm_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
     require(encoder, groups=1, res_expansion=1.0, activation="relu", bias=False, use_xyz=True, normalize="anchor")
     require(encoder, pos_blocks=[0, 0, 0, 0], rms_norm=True, residual_in_fp32=True, bimamba_type="v2", mamba_pos=True)
     require(encoder, use_order_prompt=True)
-    orders = [_CURVES[name] if name in _CURVES else f"cts({name!r})" for name in encoder["mamba_layers_orders"]]
+    cell = f"cell={encoder.get('grid_size', 0.02)}"
+    orders = [
+        f"{_CURVES[name]}({cell})" if name in _CURVES else f"cts({name!r}, {cell})"
+        for name in encoder["mamba_layers_orders"]
+    ]
     arguments = {
         "num_classes": head["num_classes"],
         "in_chans": encoder["in_channels"],
@@ -102,7 +106,7 @@ def pcm_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
         return "pcm_s3dis", {
             **arguments,
             "windows": encoder["windows_size"] if encoder.get("use_windows") else None,
-            "cell": encoder.get("grid_size", 0.02),
+            "combine_xyz": encoder.get("combine_pos", False),
         }
     return "pcm_parts", arguments
 
@@ -161,10 +165,13 @@ def pcm_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> d
     if fixture["kwargs"]["NAME"] == "BasePartSeg":
         arguments["shape"] = shape_labels(fixture)
     groups = {f"group{i}": stage.pre for i, stage in enumerate(model.stages)}
+    pyramid, kept = model.pyramid, []
+    model.pyramid = lambda *given: kept.append(pyramid(*given)) or kept[0]
     with recorded(**groups) as outputs:
         logits = model(inputs["x"], **arguments)
-    tokens = model.pyramid(inputs["x"], arguments.get("features"))[1]
-    maps = {"embedding": tokens[0], **{name: value.amax(2) for name, value in outputs.items()}}
+    model.pyramid = pyramid
+    tokens = kept[0][1]
+    maps: dict[str, Any] = {"embedding": tokens[0], **{name: value.amax(2) for name, value in outputs.items()}}
     maps |= {f"stage{i}": value for i, value in enumerate(tokens[1:])}
     if logits.dim() == 3:
         logits = logits.transpose(1, 2)
@@ -174,7 +181,7 @@ def pcm_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> d
 def parts_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> dict[str, Tensor]:
     x = cloud_of(inputs["x"])
     logits = model(x, shape_labels(fixture)).log_softmax(-1)
-    return dict.fromkeys(fixture["outputs"], logits)
+    return {name: logits for name in fixture["outputs"]}  # noqa: C420 - dict.fromkeys has no type for its values
 
 
 def cloud_of(x: Tensor) -> Tensor:
