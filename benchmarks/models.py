@@ -1,18 +1,25 @@
-"""Time whole models beside timm's: `python -m benchmarks.models [--device cpu|cuda] [--model ...] [--out FILE]`.
+"""Time whole models beside timm's: `python -m benchmarks.models [--device cpu|cuda] [--only PATTERN] [--out FILE]`.
 
-CPU: batch 1, float32, inference. GPU: batch 128, bfloat16 autocast, inference and training (forward + backward, without
-the optimizer step), eager and, with --compile, through torch.compile. Models and peers run interleaved in one process.
+CPU: batch 1, float32, inference, models and peers interleaved. GPU: batch 128, bfloat16 autocast, inference and
+training (forward + backward, without the optimizer step), eager and, with --compile, through torch.compile; the
+smallest and largest model of every family and the model of timm nearest to it in parameters and operations, one after
+another in one process. Videos are clips of 8 frames, in batches of 16, without a peer.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import fnmatch
+import gc
+import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +35,47 @@ import mamba_zoo
 from .shapes import anchors
 
 PAIRS = {"vmamba_tiny": "swin_tiny_patch4_window7_224", "vim_tiny": "deit_tiny_patch16_224"}
-PEERS = [
-    "swin_tiny_patch4_window7_224",
-    "convnext_tiny",
-    "deit_tiny_patch16_224",
-    "deit_small_patch16_224",
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the GPU table."""
+
+    model: str
+    family: str
+    peer: str | None = None
+    batch: int = 128
+
+
+DEIT_T, DEIT_S, DEIT_B = (f"deit_{size}_patch16_224" for size in ("tiny", "small", "base"))
+SWIN_T, SWIN_S, SWIN_B, SWIN_L = (f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base", "large"))
+# The largest MambaVision for 224 pixels; its L3 models take larger images.
+ROWS = [
+    Row("vmamba_tiny", "vmamba", SWIN_T),
+    Row("vmamba_small", "vmamba", SWIN_S),
+    Row("vmamba_base", "vmamba", SWIN_B),
+    Row("vim_tiny", "vim", DEIT_T),
+    Row("vim_small", "vim", DEIT_S),
+    Row("vim_base", "vim", DEIT_B),
+    Row("mambavision_t", "mambavision", "convnext_tiny"),
+    Row("mambavision_l2", "mambavision", SWIN_L),
+    Row("plainmamba_l1", "plainmamba", DEIT_T),
+    Row("plainmamba_l3", "plainmamba", SWIN_S),
+    Row("efficient_vmamba_tiny", "efficientvmamba", "efficientformerv2_s1"),
+    Row("efficient_vmamba_base", "efficientvmamba", SWIN_T),
+    Row("local_vim_tiny", "localvim", DEIT_T),
+    Row("local_vim_small", "localvim", DEIT_S),
+    Row("local_vmamba_tiny", "localvmamba", SWIN_T),
+    Row("local_vmamba_small", "localvmamba", SWIN_S),
+    Row("videomamba_tiny", "videomamba", DEIT_T),
+    Row("videomamba_base", "videomamba", DEIT_B),
+    Row("videomamba_tiny_video", "videomamba video", batch=16),
+    Row("videomamba_middle_video", "videomamba video", batch=16),
 ]
-MODELS = ["vmamba_tiny", "vmamba_small", "vmamba_base", "vim_tiny", "vim_small"]
+FIELDS = [
+    "model", "family", "peer", "batch", "input", "compiled", "params_m", "infer_img_s", "infer_spread", "infer_peak_mb",
+    "train_img_s", "train_spread", "train_peak_mb", "first_call_s", "infer_times_peer", "train_times_peer",
+]  # fmt: skip
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -83,47 +124,104 @@ def on_cpu(names: list[str], rounds: int) -> list[dict]:
     return rows
 
 
-def on_gpu(names: list[str], batch: int, size: int, compile_too: bool) -> list[dict]:
-    """Images per second and peak memory, inference and training."""
-    rows = []
-    for name in track(names, description="models", transient=True):
+def chosen(patterns: list[str], batch: int | None) -> list[Row]:
+    """The rows that match a pattern by model or family, and their peers before them; each model once."""
+    rows = [row for row in ROWS if any(fnmatch.fnmatch(name, p) for p in patterns for name in (row.model, row.family))]
+    known = {row.model for row in ROWS}
+    rows += [Row(name, "timm") for name in patterns if name not in known and timm.is_model(name)]
+    if not rows:
+        raise SystemExit(f"nothing matches {patterns}; known are {sorted(known | {row.family for row in ROWS})}")
+    peers = [Row(row.peer, "timm") for row in rows if row.peer is not None]
+    ordered = {row.model: row for row in [*peers, *rows]}
+    return [row if batch is None else Row(row.model, row.family, row.peer, batch) for row in ordered.values()]
+
+
+def on_gpu(rows: list[Row], size: int, compile_too: bool, budget: float) -> Iterator[dict[str, Any]]:
+    """Images (of videos: clips) per second and peak memory, inference and training; a row as soon as it is measured.
+
+    Args:
+        rows: What to measure.
+        size: Pixels per side.
+        compile_too: Also through torch.compile.
+        budget: Seconds of measuring for each of inference and training.
+    """
+    done: dict[tuple[str, bool], dict[str, Any]] = {}
+    for row in track(rows, description="models", transient=True):
         for compiled in (False, True) if compile_too else (False,):
-            torch.cuda.empty_cache()
-            kwargs: dict[str, Any] = (
-                {"img_size": size} if size != 224 and "vmamba" not in name and "convnext" not in name else {}
-            )
-            model = timm.create_model(name, **kwargs).cuda()
-            run_model = torch.compile(model) if compiled else model
-            x = torch.randn(batch, 3, size, size, device="cuda").to(memory_format=torch.channels_last)
-            row = {"model": name, "batch": batch, "size": size, "compiled": compiled}
-            first = seconds(lambda m=run_model, x=x: m(x[:2]), "cuda")
+            batch = row.batch
+            while True:
+                try:
+                    found = measured(row, batch, size, compiled, budget)
+                    break
+                except torch.cuda.OutOfMemoryError:
+                    batch //= 2
+                    if not batch:
+                        raise
+                finally:
+                    gc.collect()
+                    torch.cuda.empty_cache()
+            done[row.model, compiled] = found
             for mode in ("infer", "train"):
-                model.train(mode == "train")
+                peer = done.get((row.peer or "", compiled))
+                found[f"{mode}_times_peer"] = peer and found[f"{mode}_img_s"] / peer[f"{mode}_img_s"]
+            yield found
 
-                def run(mode: str = mode, model: nn.Module = model, forward=run_model, x: torch.Tensor = x) -> None:
-                    with torch.set_grad_enabled(mode == "train"), torch.autocast("cuda", torch.bfloat16):
-                        y = forward(x)
-                    if mode == "train":
-                        model.zero_grad(set_to_none=True)
-                        y.float().logsumexp(-1).sum().backward()
 
-                for _ in range(5):
-                    run()
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                times = []
-                for _ in range(3):
-                    start = time.perf_counter()
-                    for _ in range(8):
-                        run()
-                    torch.cuda.synchronize()
-                    times.append((time.perf_counter() - start) / 8)
-                row[f"{mode}_img_s"] = batch / statistics.median(times)
-                row[f"{mode}_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-            row["first_call_s"] = first
-            rows.append(row)
-            del model, run_model
-    return rows
+def measured(row: Row, batch: int, size: int, compiled: bool, budget: float, device: str = "cuda") -> dict[str, Any]:
+    """One row of the table, without what compares it with others."""
+    torch.manual_seed(0)
+    model: Any = created(row.model, size).to(device)
+    forward = torch.compile(model) if compiled else model
+    shape = model.input_shape(size, size) if hasattr(model, "input_shape") else (3, size, size)
+    x = torch.randn(batch, *shape, device=device)
+    if x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    found: dict[str, Any] = {
+        "model": row.model,
+        "family": row.family,
+        "peer": row.peer,
+        "batch": batch,
+        "input": "x".join(map(str, shape)),
+        "compiled": compiled,
+        "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
+        "first_call_s": seconds(lambda: forward(x[:2]), device),
+    }
+    for mode in ("infer", "train"):
+        model.train(mode == "train")
+
+        def run(mode: str = mode) -> None:
+            with torch.set_grad_enabled(mode == "train"), torch.autocast(device, torch.bfloat16):
+                y = forward(x)
+            if mode == "train":
+                model.zero_grad(set_to_none=True)
+                y.float().logsumexp(-1).sum().backward()
+
+        for _ in range(3):
+            run()
+        one = seconds(run, device)
+        repeats = min(max(int(budget / 3 / one), 2), 20)
+        torch.cuda.reset_peak_memory_stats()
+        times = [seconds(partial(several, run, repeats), device) / repeats for _ in range(3)]
+        found[f"{mode}_img_s"] = batch / statistics.median(times)
+        found[f"{mode}_spread"] = (max(times) - min(times)) / statistics.median(times)
+        found[f"{mode}_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
+
+
+def several(run: Callable[[], object], repeats: int) -> None:
+    """Run it that often, without waiting in between."""
+    for _ in range(repeats):
+        run()
+
+
+def created(name: str, size: int) -> nn.Module:
+    """The model for images of `size` pixels, if it has to know."""
+    if size != 224:
+        try:
+            return timm.create_model(name, img_size=size)
+        except TypeError:
+            pass  # takes any size
+    return timm.create_model(name)
 
 
 def gpu_table(rows: list[dict]) -> Table:
@@ -136,19 +234,26 @@ def gpu_table(rows: list[dict]) -> Table:
         "vmamba_tiny_s2l5": "official/vmamba_tiny_s2l5",
         "vim_tiny": "mamba_ssm/vimlike_tiny(2xMamba)",
         "vim_small": "mamba_ssm/vimlike_small(2xMamba)",
+        "mambavision_t": "official/mamba_vision_T",
     }
-    columns = ("model", "batch", "size", "compiled", "infer img/s", "x", "train img/s", "x", "train MB", "x", "first s")
-    table = Table(*columns, title=f"{torch.cuda.get_device_name()}, bf16 autocast; x = ratio to the H100 anchor")
+    columns = ("model", "batch", "input", "img/s", "of peer", "of anchor", "train img/s", "of peer", "of anchor",
+               "train MB", "of anchor", "peer")  # fmt: skip
+    table = Table(*columns, title=f"{torch.cuda.get_device_name()}, bf16 autocast; anchors: published code on an H100")
     for row in rows:
         anchor = published.get(official.get(row["model"], f"timm/{row['model']}"), {})
+        alike = row["input"] == "3x224x224" and row["batch"] == 128
 
-        def ratio(key: str, row: dict = row, anchor: dict = anchor) -> str:
-            return f"{row[key] / anchor[key]:.2f}" if anchor and row["size"] == 224 and row["batch"] == 128 else "-"
+        def ratio(key: str, row: dict = row, anchor: dict = anchor, alike: bool = alike) -> str:
+            return f"{row[key] / anchor[key]:.2f}" if anchor and alike else "-"
+
+        def of_peer(key: str, row: dict = row) -> str:
+            return "-" if row[key] is None else f"{row[key]:.2f}"
 
         table.add_row(
-            row["model"], str(row["batch"]), str(row["size"]), str(row["compiled"]),
-            f"{row['infer_img_s']:.0f}", ratio("infer_img_s"), f"{row['train_img_s']:.0f}", ratio("train_img_s"),
-            f"{row['train_peak_mb']:.0f}", ratio("train_peak_mb"), f"{row['first_call_s']:.1f}",
+            row["model"] + (" compiled" if row["compiled"] else ""), str(row["batch"]), row["input"],
+            f"{row['infer_img_s']:.0f}", of_peer("infer_times_peer"), ratio("infer_img_s"),
+            f"{row['train_img_s']:.0f}", of_peer("train_times_peer"), ratio("train_img_s"),
+            f"{row['train_peak_mb']:.0f}", ratio("train_peak_mb"), row["peer"] or "",
         )  # fmt: skip
     return table
 
@@ -167,28 +272,36 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write a CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", nargs="+", help="names; by default those of the README")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--compile", action="store_true", help="torch.compile as well")
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument(
+        "--only",
+        "--model",
+        nargs="+",
+        help="models or families, with * and ? as wildcards; on a GPU with their peers; by default all of the table",
+    )
+    parser.add_argument("--batch", type=int, help="GPU: instead of 128 images or 16 clips; halved where memory ends")
+    parser.add_argument("--size", type=int, default=224, help="GPU: pixels per side")
+    parser.add_argument("--rounds", type=int, default=15, help="CPU: timed calls of each model")
+    parser.add_argument("--seconds", type=float, default=1.2, help="GPU: of measuring, for each model twice")
+    parser.add_argument("--compile", action="store_true", help="GPU: torch.compile as well")
+    parser.add_argument("--out", type=Path, help="CSV file, written row by row")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
-        rows = on_cpu(options.model or list(PAIRS), options.rounds)
-        table, where = cpu_table(rows), platform.processor() or platform.machine()
+        where, fields = platform.processor() or platform.machine(), ["model", "ms", "spread_ms", "peer", "times_peer"]
+        measure: Any = on_cpu(options.only or list(PAIRS), options.rounds)
     else:
-        rows = on_gpu(options.model or MODELS + PEERS, options.batch, options.size, options.compile)
-        table, where = gpu_table(rows), torch.cuda.get_device_name()
-    Console(width=140).print(table)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("w", newline="") as file:
-            versions = f"torch {torch.__version__}, timm {timm.__version__}, mamba_zoo {mamba_zoo.__version__}"
-            file.write(f"# {where}; {versions}; python -m benchmarks.models {' '.join(sys.argv[1:])}\n")
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        where, fields = torch.cuda.get_device_name(), FIELDS
+        measure = on_gpu(chosen(options.only or ["*"], options.batch), options.size, options.compile, options.seconds)
+    rows = []
+    with (options.out or Path(os.devnull)).open("w", newline="") as file:
+        versions = f"torch {torch.__version__}, timm {timm.__version__}, mamba_zoo {mamba_zoo.__version__}"
+        file.write(f"# {where}; {versions}; python -m benchmarks.models {' '.join(sys.argv[1:])}\n")
+        writer = csv.DictWriter(file, fieldnames=fields)
+        writer.writeheader()
+        for row in measure:
+            rows.append(row)
+            writer.writerow(row)
+            file.flush()
+    Console(width=160).print(cpu_table(rows) if options.device == "cpu" else gpu_table(rows))
 
 
 if __name__ == "__main__":
