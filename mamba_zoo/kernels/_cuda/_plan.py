@@ -79,12 +79,16 @@ def forward_launch(n: int, d: int, programs: int, width: int) -> Launch:
     """The forward kernel's launch for `programs` = rows x directions x chunks x channels, `width` channels aligned."""
     N = padded(n)
     if N <= 2:
-        return _fit(Launch(N, 1, width, 8, 64, 6), d)
+        # Two channels a thread, unless a warp's 64 would then leave idle what 32 fill.
+        return _fit(Launch(N, 1, 1 if d % 64 == 32 else width, 16, 96, 4), d)
     lanes = max(1, N // 16)
     while lanes < min(8, max(4, N // 16)) and programs * lanes < _FULL and lanes < N:
         lanes *= 2
     if N == 256:
         lanes = 8
+    if N == 16 and lanes <= 2:
+        wide = lanes == 1 and width == 2
+        return _fit(Launch(N, 2, 2, 8, 64, 6) if wide else Launch(N, 2, 1, 16, 64, 6), d)
     if lanes == 1:
         return _fit(Launch(N, 1, 1, 8, 64, 6), d)
     if lanes == 2:
@@ -100,11 +104,10 @@ def backward_launch(n: int, d: int, programs: int, width: int) -> Launch:
         return _fit(Launch(N, 1, width, 8, 64, 4), d)
     if N <= 4:
         return _fit(Launch(N, 1, 1, 8, 128, 3), d)
+    if N == 8 and programs >= _FULL:
+        return _fit(Launch(N, 1, 1, 8, 128, 2), d)
     if N <= 16:
-        lanes = 2 if N == 16 else 1
-        if programs * lanes < _FULL:
-            return _fit(Launch(N, 2 * lanes, 1, 8, 128, 3), d)
-        return _fit(Launch(N, lanes, 1, 8, 128, 2), d)
+        return _fit(Launch(N, N // 4, 1, 8, 64, 6), d)
     lanes = min(8, N // 8)
     return _fit(Launch(N, lanes, 1, {32: 8, 64: 8, 128: 4, 256: 2}[N], 128 if N <= 64 else 64, 2), d)
 

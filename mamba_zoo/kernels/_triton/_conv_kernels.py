@@ -112,10 +112,11 @@ def conv_backward_weight(
     if SILU:
         g += (sample * l * k + direction) * width
     shift = tl.load(bias + direction * d + lane, mask=lane_ok, other=0.0)[None, :] if bias is not None else 0.0
+    # Summed over steps once, at the end: a sum in every tile is shared memory and barriers, four times the kernel's time.
     sums = ()
     for _ in tl.static_range(W):
-        sums = sums + (tl.zeros((BD,), tl.float32),)
-    sum_bias = tl.zeros((BD,), tl.float32)
+        sums = sums + (tl.zeros((T, BD), tl.float32),)
+    sum_bias = tl.zeros((T, BD), tl.float32)
     for i in range(run):
         step = (tile * run + i) * T + tl.arange(0, T)
         row, first, last = rows_of_steps(step, sample, direction, offsets, row_of, m, rows)
@@ -136,14 +137,14 @@ def conv_backward_weight(
             store_tile(g, tokens, k * width, lane, lane_ok, grad, WIDE)
         more = ()
         for j in tl.static_range(W):
-            more = more + (sums[j] + tl.sum(grad * values[j], axis=0),)
+            more = more + (sums[j] + grad * values[j],)
         sums = more
-        sum_bias += tl.sum(grad, axis=0)
+        sum_bias += grad
     share = (sample * tiles + tile) * k + direction
     for j in tl.static_range(W):
-        tl.store(dweight + (share * W + j) * d + lane, sums[j], mask=lane_ok)
+        tl.store(dweight + (share * W + j) * d + lane, tl.sum(sums[j], axis=0), mask=lane_ok)
     if bias is not None:
-        tl.store(dbias + share * d + lane, sum_bias, mask=lane_ok)
+        tl.store(dbias + share * d + lane, tl.sum(sum_bias, axis=0), mask=lane_ok)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
