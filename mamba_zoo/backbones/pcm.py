@@ -486,7 +486,7 @@ _TINY: dict[str, Any] = {"dim": 192, "depths": (1, 1, 2, 2), "scan": TINY_SCAN}
 def _card(params: int, notes: str) -> Card:
     return Card(
         "points", "SkyworkAI/PointCloudMamba@57fdb29d3cf1 openpoints/models/PCM/PCM.py", "none stated", "2403.00762",
-        params, drop_path=0.1, url="https://huggingface.co/zhangtao-whu/PCM",
+        params, drop_path=0.1,
         notes=f"{notes} Weights are published, but under names that the repository does not say.",
     )  # fmt: skip
 

@@ -127,6 +127,10 @@ def list_scans(filter: str = "*", modality: str | None = None) -> list[str]:
     """
     scans = [name for name, entry in SCANS.items() if modality is None or modality in entry.modality]
     orders = [name for name, entry in SAMPLE_ORDERS.items() if modality == entry.modality]
+    if modality == "points":
+        from ._cloud import POINT_SCANS  # which builds on this file
+
+        orders += POINT_SCANS
     return sorted(name for name in (*scans, *orders) if fnmatch.fnmatch(name, filter))
 
 
