@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ..scans import Graphs, ScanLike
 from ._graph import GraphModel, Orders, Visit, node_norm, read_nodes, visits_of
-from ._graph_layers import ATOM_SIZES, BOND_SIZES, LOCAL, EveryEdge, LaplacianPE, RandomWalkPE, Sum
+from ._graph_layers import ATOM_SIZES, BOND_SIZES, LOCAL, EveryEdge, LaplacianPE, RandomWalkPE, Sum, propagate
 from ._keys import Key, rename
 from ._mixer import Mamba
 from ._register import Card, build_model, register
 from ._ssm import resolve_scan
 
 PE = ("none", "lap", "rwse")
+RESTART = 0.1
 
 
 class GraphMambaLayer(nn.Module):
@@ -95,12 +96,13 @@ class NodeEncoder(nn.Module):
         pe_dim: Part of the width that positions take.
         pe_steps: Steps of the random walk, for "rwse".
         norm: Whether a batch norm follows.
+        drop: Dropout of the features; of their embedding, for atoms.
         device: Of the parameters.
         dtype: Of the parameters.
     """
 
     def __init__(
-        self, in_chans: int, dim: int, kind: str, pe: str, pe_dim: int, pe_steps: int, norm: bool,
+        self, in_chans: int, dim: int, kind: str, pe: str, pe_dim: int, pe_steps: int, norm: bool, drop: float = 0.0,
         device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
@@ -113,6 +115,7 @@ class NodeEncoder(nn.Module):
         made = {"lap": lambda: LaplacianPE(pe_dim, **dd), "rwse": lambda: RandomWalkPE(pe_dim, pe_steps, **dd)}
         self.pe = made[pe]() if pe != "none" else None
         self.norm = nn.BatchNorm1d(dim, **dd) if norm else None
+        self.drop = nn.Dropout(drop)
 
     def forward(self, data: Any) -> Tensor:
         """Nodes of PyG data to `(n, dim)`."""
@@ -120,8 +123,9 @@ class NodeEncoder(nn.Module):
         if isinstance(self.x, nn.Linear):
             if x.dim() != 2 or x.shape[1] != self.in_chans:
                 raise ValueError(f"x has shape {tuple(x.shape)}, but the model was made for in_chans={self.in_chans}")
-            x = x.to(self.x.weight.dtype)
-        x = self.x(x)
+            x = self.x(self.drop(x.to(self.x.weight.dtype)))
+        else:
+            x = self.drop(self.x(x))
         if self.pe is not None:
             hint = "add it once with mamba_zoo.graphs.AddLaplacian or PyG's AddRandomWalkPE as pre_transform"
             x = torch.cat([x, self.pe(*read_nodes(data, self.pe.needs, hint))], dim=1)
@@ -152,6 +156,8 @@ class GraphMamba(GraphModel):
         pe_steps: Steps of the random walk.
         encoder_norm: Batch norm after the node encoder.
         pre_layers: Layers between encoder and first layer: linear, batch norm, ReLU, rows scaled to length 1.
+        smooth: Steps of personalised PageRank over the nodes before the head, as in APPNP (arXiv:1810.05997), for graphs
+            whose neighbours are alike and whose labels are few. 0 is published.
         head_layers: Linear layers of the head.
         head_l2_norm: Scale rows to length 1 within the head, as the published models do.
         norm: "batch", "layer" or "none".
@@ -194,6 +200,7 @@ class GraphMamba(GraphModel):
         pe_steps: int = 16,
         encoder_norm: bool = False,
         pre_layers: int = 0,
+        smooth: int = 0,
         head_layers: int = 1,
         head_l2_norm: bool = False,
         norm: str = "batch",
@@ -210,12 +217,11 @@ class GraphMamba(GraphModel):
         dd: Any = {"device": device, "dtype": dtype}
         super().__init__(dim, num_classes, level, global_pool, head_layers, head_l2_norm, drop_rate, **dd)
         spec, k = resolve_scan(scan, 1)
-        self.in_chans, self.scan = in_chans, spec
+        self.in_chans, self.scan, self.smooth = in_chans, spec, smooth
         self.orders = Orders(spec, ties, buckets, num_order_samples, order_seed)
-        self.encoder = NodeEncoder(in_chans, dim, encoder, pe, pe_dim, pe_steps, encoder_norm, **dd)
+        self.encoder = NodeEncoder(in_chans, dim, encoder, pe, pe_dim, pe_steps, encoder_norm, input_drop, **dd)
         self.edge_encoder = edge_encoder(edges, edge_chans, dim, **dd) if local in ("gated", "gin") else None
         self.pre = nn.ModuleList(PreLayer(dim, **dd) for _ in range(pre_layers))
-        self.input_drop = nn.Dropout(input_drop)
         self.layers = nn.ModuleList(
             GraphMambaLayer(dim, d_state, d_conv, expand, k, local, norm, drop_rate, reduce, **dd) for _ in range(depth)
         )
@@ -235,13 +241,13 @@ class GraphMamba(GraphModel):
         """
         graphs = Graphs.of(data)
         visits = self.visits(data, graphs) if visits is None else visits_of(visits, len(self.layers))
-        x = self.input_drop(self.encoder(data))
+        x = self.encoder(data)
         for layer in self.pre:
             x = layer(x)
         edges = None if self.edge_encoder is None else encode_edges(self.edge_encoder, data)
         for layer, several in zip(self.layers, visits, strict=True):
             x, edges = self._run(layer, x, graphs.edge_index, edges, several)
-        return x
+        return propagate(x, graphs.edge_index, self.smooth, RESTART) if self.smooth else x
 
 
 class PreLayer(nn.Module):

@@ -58,6 +58,66 @@ TASKS: dict[str, TaskEntry] = {
         ".classification:ImageClassifier", ".image_data:ImageData", "name what an image shows",
         (("digits", "digits"), (_SMALL_IMAGES, "cifar"), (".*", "imagefolder")),
     ),
+    "audio-classification": TaskEntry(
+        ".audio_classification:AudioClassifier", ".audio_data:AudioData", "name what a recording holds",
+        (("tones", "tones"), (r".*(fsdd|free-spoken-digit).*", "fsdd"), (r"(?i).*speech_?commands.*", "speechcommands"),
+         (".*", "audiofolder")),
+    ),
+    "audio-tagging": TaskEntry(
+        ".audio_classification:AudioTagger", ".audio_data:TaggingData", "name everything that a recording holds",
+        (("tones", "tones_tagging"), (".*", "audio_tagging")),
+    ),
+    "speech-enhancement": TaskEntry(
+        ".speech:SpeechEnhancer", ".speech_data:EnhancementData", "take noise out of speech",
+        (("synthetic", "enhancement"), (".*", "enhancement_folder")),
+    ),
+    "speech-separation": TaskEntry(
+        ".speech:SpeechSeparator", ".speech_data:SeparationData", "take voices apart that speak at the same time",
+        (("synthetic", "separation"), (".*", "separation_folder")),
+    ),
+    "object-detection": TaskEntry(
+        ".detection:Detector", ".detection_data:DetectionData", "find objects and their boxes",
+        (("digits", "detection-digits"), (".*", "detection-coco")),
+    ),
+    "instance-segmentation": TaskEntry(
+        ".detection:InstanceSegmenter", ".detection_data:InstanceData", "find objects and their outlines",
+        (("digits", "instances-digits"), (".*", "instances-coco")),
+    ),
+    "graph-classification": TaskEntry(
+        ".graph:GraphClassifier", ".graph_data:GraphData", "name graphs",
+        (("digits", "graph_digits"), (r"tu:.*", "graph_tu"), (".*", "graph_digits")),
+    ),
+    "graph-regression": TaskEntry(
+        ".graph:GraphRegressor", ".graph_data:TargetData", "read numbers off graphs",
+        (("digits", "graph_digits_regression"), (r"moleculenet:.*", "graph_esol"), (".*", "graph_digits_regression")),
+    ),
+    "node-classification": TaskEntry(
+        ".graph:NodeClassifier", ".graph_data:NodeData", "name the nodes of a graph",
+        (("karate", "graph_karate"), (r"planetoid:.*", "graph_cora"), (".*", "graph_karate")),
+    ),
+    "edge-classification": TaskEntry(
+        ".graph:EdgeClassifier", ".graph_data:EdgeData", "say which nodes of a graph are joined",
+        (("karate", "graph_karate_edges"), (".*", "graph_cora_edges")),
+    ),
+    "forecasting": TaskEntry(
+        ".forecasting:Forecaster", ".series_data:SeriesData", "say how series go on",
+        (
+            ("eeg", "forecast"), (".*ETTh1.*", "forecast_etth1"), (".*exchange_rate.*", "forecast_exchange"),
+            (".*", "forecast"),
+        ),
+    ),
+    "imputation": TaskEntry(
+        ".imputation:Imputer", ".series_windows:WindowData", "fill gaps of series",
+        ((".*", "imputation"),),
+    ),
+    "anomaly": TaskEntry(
+        ".anomaly:AnomalyDetector", ".series_windows:WatchedData", "score how unusual each step of series is",
+        ((".*", "anomaly"),),
+    ),
+    "series-classification": TaskEntry(
+        ".series_classification:SeriesClassifier", ".labelled_series:LabelledSeries", "name what a series is",
+        (("digits", "series_digits"), (".*", "series_classification")),
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,168 @@
+"""Graphs from data sets of PyTorch Geometric by name, from folders of CSV files, and from what comes with libraries."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+KARATE, DIGITS = "karate", "digits"
+_LIBRARIES = ("planetoid", "tu", "moleculenet")
+
+
+def read_graphs(root: str, download_dir: str) -> list[Any]:
+    """Every graph of a source, as PyG `Data` in memory.
+
+    Args:
+        root: "karate" (PyG's KarateClub); "digits" (the handwritten digits of scikit-learn, each the graph of its inked
+            pixels); "planetoid:NAME", "tu:NAME" or "moleculenet:NAME", data sets of PyG; or a folder, see
+            `read_folder`.
+        download_dir: Where data sets of PyG are kept; they are downloaded if they are not there.
+
+    Raises:
+        ValueError: an unknown source or data set.
+        FileNotFoundError: no such folder, or files missing in it.
+        ImportError: PyG is not installed, or for molecules RDKit.
+    """
+    from ..backbones import _pyg  # noqa: F401 - says how to install PyG
+
+    kind, colon, name = root.partition(":")
+    if root == KARATE:
+        from torch_geometric.datasets import KarateClub
+
+        return [KarateClub()[0]]
+    if root == DIGITS:
+        return _digits()
+    if colon and kind in _LIBRARIES:
+        return _of_library(kind, name, download_dir)
+    if not Path(root).is_dir():
+        raise FileNotFoundError(
+            f"root={root!r} is no folder; give one, or {KARATE}, {DIGITS}, planetoid:Cora, tu:MUTAG, moleculenet:ESOL"
+        )
+    return read_folder(Path(root))
+
+
+def read_folder(folder: Path) -> list[Any]:
+    """Graphs from tables: `nodes.csv`, `edges.csv` and, where graphs have labels, `graphs.csv`.
+
+    A row of `nodes.csv` is a node: `graph` (its number from 0; one graph without this column), `label`, `split` (train,
+    val or test), and features in all other columns. A row of `edges.csv` is a directed edge: `source` and `target`, the
+    numbers of nodes within their graph, `graph` likewise, and features. A row of `graphs.csv` is a graph: `label` (or
+    several columns of targets) and `split`. Labels of classes are numbers from 0.
+
+    Raises:
+        FileNotFoundError: a table is missing.
+        ValueError: a value that is no number, or a node or graph that does not exist.
+    """
+    from torch_geometric.data import Data
+
+    nodes, edges = _table(folder / "nodes.csv"), _table(folder / "edges.csv")
+    graphs = _table(folder / "graphs.csv") if (folder / "graphs.csv").exists() else None
+    of_node, of_edge = _numbers(nodes, "graph"), _numbers(edges, "graph")
+    count = int(of_node.max()) + 1
+    if len(of_edge) and int(of_edge.max()) >= count:
+        raise ValueError(f"{folder / 'edges.csv'} names graph {int(of_edge.max())}, but nodes.csv has {count} graphs")
+    x, edge_attr = _features(nodes, ("graph", "label", "split")), _features(edges, ("graph", "source", "target"))
+    ends = torch.stack([torch.from_numpy(_numbers(edges, key)).long() for key in ("source", "target")])
+    found = []
+    for i in range(count):
+        mine, own = torch.from_numpy(of_node == i), torch.from_numpy(of_edge == i)
+        joined = ends[:, own]
+        data = Data(x=x[mine], edge_index=joined, num_nodes=int(mine.sum()))
+        if edge_attr.shape[1]:
+            data.edge_attr = edge_attr[own]
+        if joined.numel() and int(joined.max()) >= int(mine.sum()):
+            raise ValueError(f"{folder / 'edges.csv'}: graph {i} has no node {int(joined.max())}")
+        rows = np.flatnonzero(of_node == i)
+        if "label" in nodes and graphs is None:
+            data.y = torch.from_numpy(_numbers(nodes, "label")[rows]).long()
+        if "split" in nodes and graphs is None:
+            data.split_of_node = [nodes["split"][row] for row in rows]
+        if graphs is not None:
+            targets = [key for key in graphs if key != "split"]
+            data.y = torch.tensor([[float(graphs[key][i]) for key in targets]]) if targets else None
+            data.split_name = graphs["split"][i] if "split" in graphs else None
+        found.append(data)
+    return found
+
+
+def _digits() -> list[Any]:
+    """Inked pixels with intensity and place as features, joined to those of the eight around them that are inked."""
+    from sklearn.datasets import load_digits
+    from torch_geometric.data import Data
+
+    bunch: Any = load_digits()
+    found = []
+    for image, label in zip(torch.from_numpy(bunch.images).float() / 16, bunch.target.tolist(), strict=True):
+        place = image.nonzero()
+        x = torch.cat([image[image > 0][:, None], place / 7.0], dim=1)
+        near = (place[:, None] - place[None]).abs().amax(-1) == 1
+        found.append(Data(x=x, edge_index=near.nonzero().T.contiguous(), y=torch.tensor([label])))
+    return found
+
+
+def _of_library(kind: str, name: str, download_dir: str) -> list[Any]:
+    from torch_geometric import datasets
+
+    makers: dict[str, Any] = {
+        "planetoid": lambda root: datasets.Planetoid(root, name),
+        "tu": lambda root: datasets.TUDataset(root, name, use_node_attr=True),
+        "moleculenet": lambda root: datasets.MoleculeNet(root, name),
+    }
+    root = Path(download_dir).expanduser()
+    folder = root / (name.lower() if kind == "moleculenet" else name)
+    with tempfile.TemporaryDirectory() as scratch:
+        if folder.is_dir() and not (folder / "processed").is_dir() and not os.access(folder, os.W_OK):
+            shutil.copytree(folder / "raw", Path(scratch) / folder.name / "raw")  # PyG writes beside the raw files
+            root = Path(scratch)
+        dataset = makers[kind](str(root))
+        found = [dataset[i] for i in range(len(dataset))]
+    for data in found:
+        if data.x is None:
+            _add_degree_profile(data)
+    return found
+
+
+def _add_degree_profile(data: Any) -> None:
+    from torch_geometric.transforms import LocalDegreeProfile
+
+    data.num_nodes = data.num_nodes
+    LocalDegreeProfile()(data)
+
+
+def _table(path: Path) -> dict[str, list[str]]:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing; a folder of graphs holds nodes.csv, edges.csv and maybe graphs.csv"
+        )
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        columns: dict[str, list[str]] = {name: [] for name in rows.fieldnames or []}
+        for row in rows:
+            for name, values in columns.items():
+                values.append(row[name] or "")
+    if not columns:
+        raise ValueError(f"{path} is empty; its first line names the columns")
+    return columns
+
+
+def _numbers(table: dict[str, list[str]], name: str) -> np.ndarray:
+    """A column of whole numbers; zeros where there is none."""
+    if name not in table:
+        return np.zeros(len(next(iter(table.values()))), dtype=np.int64)
+    try:
+        return np.array([int(value) for value in table[name]], dtype=np.int64)
+    except ValueError as error:
+        raise ValueError(f"column {name!r} must hold whole numbers from 0: {error}") from None
+
+
+def _features(table: dict[str, list[str]], others: tuple[str, ...]) -> torch.Tensor:
+    columns = [[float(value) for value in values] for name, values in table.items() if name not in others]
+    length = len(next(iter(table.values())))
+    return torch.tensor(columns).T.contiguous() if columns else torch.zeros(length, 0)

@@ -1,0 +1,480 @@
+"""Graphs to train on, whole or by their nodes or edges: data sets of PyTorch Geometric, folders, bundled ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..scans.graph import order_key
+from ._data import TaskData
+from ._graph_files import DIGITS, KARATE, read_graphs
+from .epochs import EpochLoader
+
+Positions = Literal["none", "lap", "rwse"]
+
+
+class Items(Dataset):
+    """A list as a data set."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.items[i]
+
+
+class GraphSource(TaskData):
+    """What all graph data share; see its three kinds.
+
+    Args:
+        root: Source, see `mamba_zoo.tasks._graph_files.read_graphs`.
+        pe: Positions that are prepared for the model: "none", "lap" or "rwse".
+        pe_steps: Frequencies of "lap", or steps of "rwse".
+        split_seed: Of automatic splits.
+        batch_size: Graphs a step and device.
+        num_workers: Processes that put batches together; 0 does it in the training process.
+        download_dir: Where data sets of PyG are kept.
+    """
+
+    tells: ClassVar[Mapping[str, str]] = {
+        "in_chans": "in_chans", "edge_chans": "edge_chans", "encoder": "encoder", "edges": "edges", "pe": "pe",
+        "pe_steps": "pe_steps",
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        root: str,
+        pe: Positions = "none",
+        pe_steps: int = 16,
+        split_seed: int = 0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        download_dir: str = "data",
+    ) -> None:
+        super().__init__(root, batch_size, num_workers)
+        self.pe, self.pe_steps, self.split_seed, self.download_dir = pe, pe_steps, split_seed, download_dir
+        self._ordered: set[str] = set()
+
+    @cached_property
+    def graphs(self) -> list[Any]:
+        """All graphs as PyG `Data`, with their positions."""
+        from torch_geometric.transforms import AddRandomWalkPE
+
+        from ..backbones._pyg import AddLaplacian
+
+        transform: Any = {
+            "lap": AddLaplacian(self.pe_steps), "rwse": AddRandomWalkPE(self.pe_steps), "none": None,
+        }[self.pe]  # fmt: skip
+        found = read_graphs(self.root, self.download_dir)
+        return [transform(data) for data in found] if transform else found
+
+    @property
+    def encoder(self) -> str:
+        """The encoder of nodes: "atom" for the nine integers of OGB molecules, else "linear"."""
+        return "linear" if self.graphs[0].x.is_floating_point() or self.in_chans != 9 else "atom"
+
+    @property
+    def edges(self) -> str:
+        """The encoder of edges: "none", "bond" for the three integers of OGB molecules, or "linear"."""
+        features = self.graphs[0].get("edge_attr")
+        if features is None:
+            return "none"
+        return "bond" if self.encoder == "atom" and not features.is_floating_point() else "linear"
+
+    @property
+    def in_chans(self) -> int:
+        """Features of a node."""
+        return self.graphs[0].x.shape[1]
+
+    @property
+    def edge_chans(self) -> int:
+        """Features of an edge; 1 where there are none."""
+        features = self.graphs[0].get("edge_attr")
+        return 1 if features is None else features[:1].numel() if len(features) else features.shape[-1]
+
+    def add_orders(self, scan: str) -> None:
+        """Prepare the visiting orders of all graphs, once for each `scan`."""
+        from ..backbones._pyg import AddOrder
+
+        key = order_key(scan)
+        if key not in self._ordered:
+            for data in self.all_graphs():
+                data[key] = AddOrder(scan)(data)[key]
+            self._ordered.add(key)
+
+    def all_graphs(self) -> list[Any]:
+        """Every graph that batches are made of."""
+        self.setup()
+        return self.graphs
+
+
+class GraphData(GraphSource):
+    """Graphs with a class or with targets each.
+
+    Args:
+        root: "digits", "tu:MUTAG", "moleculenet:ESOL" and their like, or a folder with `graphs.csv`.
+        pe: See `GraphSource`, as for all that are not described here.
+        pe_steps: See `GraphSource`.
+        folds: Split into so many parts, alike in their classes, of which number `fold` is the test set; None takes the
+            splits of a folder, or draws 80, 10 and 10 percent. Where the data set's folder holds `gin_10fold`, the
+            folds of Xu et al. (arXiv:1810.00826), those are taken for 10 folds.
+        fold: From 0.
+        validate_on_test: Validate on the test set, and train on everything else. Choosing the best epoch by that is
+            the protocol of Xu et al.; it flatters.
+        split_seed: See `GraphSource`.
+        batch_size: See `GraphSource`.
+        num_workers: See `GraphSource`.
+        download_dir: See `GraphSource`.
+
+    Raises:
+        ValueError: a fold that does not exist.
+    """
+
+    tells: ClassVar[Mapping[str, str]] = {**GraphSource.tells, "num_classes": "num_classes"}
+
+    def __init__(
+        self,
+        root: str = DIGITS,
+        pe: Positions = "none",
+        pe_steps: int = 16,
+        folds: int | None = None,
+        fold: int = 0,
+        validate_on_test: bool = False,
+        split_seed: int = 0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        download_dir: str = "data",
+    ) -> None:
+        super().__init__(root, pe, pe_steps, split_seed, batch_size, num_workers, download_dir)
+        if folds is not None and not 0 <= fold < folds:
+            raise ValueError(f"fold={fold} must be from 0 to {folds - 1}, for folds={folds}")
+        self.folds, self.fold, self.validate_on_test = folds, fold, validate_on_test
+        self.save_hyperparameters(logger=False)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Targets of all graphs, `(graphs, targets)`."""
+        if any(data.get("y") is None for data in self.graphs):
+            raise ValueError(f"{self.root} has graphs without a label; training needs graphs.csv or the data set's own")
+        return np.stack([data.y.reshape(-1).numpy() for data in self.graphs])
+
+    @property
+    def num_classes(self) -> int:
+        """Classes."""
+        return int(self.labels[:, 0].max()) + 1
+
+    def parts(self) -> dict[str, Dataset]:
+        """Graphs of each split."""
+        names = [data.get("split_name") for data in self.graphs]
+        if all(names) and self.folds is None:
+            where = {part: np.flatnonzero(np.array(names) == part) for part in ("train", "val", "test")}
+            if empty := [part for part, found in where.items() if not len(found)]:
+                raise ValueError(f"graphs.csv of {self.root} has no {empty[0]} graphs; its split is train, val or test")
+        else:
+            where = self._drawn()
+        return {part: Items([self._plain(self.graphs[i]) for i in found]) for part, found in where.items()}
+
+    def all_graphs(self) -> list[Any]:
+        """Every graph of the three parts."""
+        return [data for part in ("train", "val", "test") for data in self.split(part).items]
+
+    def loader(self, data: Dataset, batch_size: int, num_workers: int, **options: Any) -> DataLoader:
+        """PyG batches."""
+        from torch_geometric.data import Batch
+
+        return EpochLoader(
+            data, batch_size=batch_size, num_workers=num_workers, collate_fn=Batch.from_data_list, **options
+        )
+
+    @staticmethod
+    def _plain(data: Any) -> Any:
+        """A copy without what does not go into batches."""
+        data = data.clone()
+        for key in ("split_name", "smiles", "split_of_node"):
+            if key in data:
+                del data[key]
+        return data
+
+    def _drawn(self) -> dict[str, np.ndarray]:
+        from sklearn.model_selection import StratifiedKFold, train_test_split
+
+        everything: Any = np.arange(len(self.graphs))
+        classes = self.labels[:, 0] if self.labels.dtype.kind == "i" else None
+        if self.folds is not None:
+            given: Any = self._given_fold()
+            if given is None:
+                cut = StratifiedKFold(self.folds, shuffle=True, random_state=self.split_seed)
+                strata = np.zeros(len(everything)) if classes is None else classes
+                given = list(cut.split(everything, strata))[self.fold][1]
+        else:
+            given = train_test_split(everything, test_size=0.1, random_state=self.split_seed, stratify=classes)[1]
+        test: Any = np.sort(given)
+        rest: Any = np.setdiff1d(everything, test)
+        if self.validate_on_test:
+            return {"train": rest, "val": test, "test": test}
+        strata = None if classes is None else classes[rest]
+        size = len(test) if len(test) < len(rest) / 2 else 0.1
+        cut = train_test_split(rest, test_size=size, random_state=self.split_seed, stratify=strata)
+        return {"train": np.sort(cut[0]), "val": np.sort(cut[1]), "test": np.sort(test)}
+
+    def _given_fold(self) -> np.ndarray | None:
+        name = self.root.partition(":")[2]
+        file = Path(self.download_dir).expanduser() / name / "gin_10fold" / f"test_idx-{self.fold + 1}.txt"
+        return np.loadtxt(file, dtype=np.int64) if name and self.folds == 10 and file.exists() else None
+
+
+class TargetData(GraphData):
+    """Graphs with one or more numbers each; see `GraphData` for the arguments."""
+
+    tells: ClassVar[Mapping[str, str]] = {**GraphSource.tells, "center": "center", "scale": "scale"}
+
+    def __init__(
+        self,
+        root: str = DIGITS,
+        pe: Positions = "none",
+        pe_steps: int = 16,
+        folds: int | None = None,
+        fold: int = 0,
+        validate_on_test: bool = False,
+        split_seed: int = 0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        download_dir: str = "data",
+    ) -> None:
+        super().__init__(
+            root, pe, pe_steps, folds, fold, validate_on_test, split_seed, batch_size, num_workers, download_dir
+        )
+        self.save_hyperparameters(logger=False)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Targets of all graphs, `(graphs, targets)`, floating."""
+        return np.stack([data.y.reshape(-1).float().numpy() for data in self.graphs])
+
+    @property
+    def center(self) -> list[float]:
+        """Mean of each target over the training graphs."""
+        return self._targets().mean(0).tolist()
+
+    @property
+    def scale(self) -> list[float]:
+        """Standard deviation of each target over the training graphs."""
+        return self._targets().std(0).clamp(min=1e-6).tolist()
+
+    def _targets(self) -> Tensor:
+        return torch.stack([data.y.reshape(-1).float() for data in self.split("train").items])
+
+
+class NodeData(GraphSource):
+    """One graph whose nodes have classes; an item is the whole graph with the nodes that count.
+
+    Args:
+        root: "karate", "planetoid:Cora" and its like with their public splits, or a folder.
+        pe: See `GraphSource`, as for all that are not described here.
+        pe_steps: See `GraphSource`.
+        row_normalize: Scale every node's features to a sum of 1, as is usual for bags of words.
+        steps_per_epoch: Steps an epoch, each over the whole graph.
+        split_seed: See `GraphSource`; a graph without validation or test nodes has them drawn from the unused ones.
+        num_workers: Not used: the graph stays in memory.
+        download_dir: See `GraphSource`.
+    """
+
+    tells: ClassVar[Mapping[str, str]] = {
+        **GraphSource.tells, "num_classes": "num_classes", "row_normalize": "row_normalize",
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        root: str = KARATE,
+        pe: Positions = "none",
+        pe_steps: int = 16,
+        row_normalize: bool = True,
+        steps_per_epoch: int = 10,
+        split_seed: int = 0,
+        num_workers: int = 0,
+        download_dir: str = "data",
+    ) -> None:
+        super().__init__(root, pe, pe_steps, split_seed, 1, 0, download_dir)
+        self.row_normalize, self.steps_per_epoch = row_normalize, steps_per_epoch
+        self._here: tuple[Any, Any] = (None, None)
+        self.save_hyperparameters(logger=False)
+
+    @property
+    def graph(self) -> Any:
+        """The graph."""
+        if len(self.graphs) != 1:
+            raise ValueError(f"{self.root} holds {len(self.graphs)} graphs; this task takes one")
+        return self.graphs[0]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes."""
+        if self.graph.get("y") is None:
+            raise ValueError(f"the nodes of {self.root} have no labels")
+        return int(self.graph.y.max()) + 1
+
+    def parts(self) -> dict[str, Dataset]:
+        """The graph with the nodes of each split."""
+        data = self.graph
+        if self.row_normalize:
+            data.x = normalized(data.x)
+        where = self._nodes(data)
+        for key in ("split_of_node",):
+            if key in data:
+                del data[key]
+        return {
+            part: Items([(data, nodes)] * (self.steps_per_epoch if part == "train" else 1))
+            for part, nodes in where.items()
+        }
+
+    def describe(self, unit: str) -> list[tuple[str, str]]:
+        """Rows for the summary of a run."""
+        counts = ", ".join(f"{len(self.split(part)[0][1]):,} {part}" for part in ("train", "val", "test"))
+        return [("graph", f"{self.graph.num_nodes:,} nodes, {self.graph.num_edges:,} edges"), (unit, counts)]
+
+    def loader(self, data: Dataset, batch_size: int, num_workers: int, **options: Any) -> DataLoader:
+        """The items as they are, one a batch."""
+        return EpochLoader(data, batch_size=1, collate_fn=_only, **options)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The graph is moved once, and stays there."""
+        data, nodes = batch
+        if self._here[0] is not data or self._here[1].edge_index.device != device:
+            self._here = (data, data.clone().to(device))
+        return self._here[1], nodes.to(device)
+
+    def _nodes(self, data: Any) -> dict[str, Tensor]:
+        if "split_of_node" in data:
+            names = np.array(data.split_of_node)
+            return {part: torch.from_numpy(np.flatnonzero(names == part)) for part in ("train", "val", "test")}
+        masks = {part: data.get(f"{part}_mask") for part in ("train", "val", "test")}
+        found = {part: mask.nonzero()[:, 0] for part, mask in masks.items() if mask is not None}
+        if len(found) == 3:
+            return found
+        taken = torch.zeros(data.num_nodes, dtype=torch.bool)
+        for nodes in found.values():
+            taken[nodes] = True
+        draw = torch.Generator().manual_seed(self.split_seed)
+        free = (~taken).nonzero()[:, 0]
+        free = free[torch.randperm(len(free), generator=draw)]
+        missing = [part for part in ("train", "val", "test") if part not in found]
+        shares = {"train": 6, "val": 2, "test": 2} if len(missing) == 3 else {"val": 1, "test": 2, "train": 1}
+        total, at = sum(shares[part] for part in missing), 0
+        for part in missing:
+            size = round(len(free) * shares[part] / total)
+            found[part] = free[at:].sort().values if part == missing[-1] else free[at : at + size].sort().values
+            at += size
+        return found
+
+
+class EdgeData(NodeData):
+    """One graph some of whose edges are hidden: pairs of nodes that are joined, and as many that are not.
+
+    Training pairs that are not joined are drawn anew at every step. See `NodeData` for the other arguments.
+
+    Args:
+        root: As for `NodeData`.
+        pe: See `GraphSource`; prepared for the whole graph, so that "none" alone hides edges from the model.
+        pe_steps: See `GraphSource`.
+        row_normalize: See `NodeData`.
+        steps_per_epoch: See `NodeData`.
+        val_fraction: Part of the edges that validation asks for.
+        test_fraction: Part of the edges that the test asks for.
+        split_seed: Of the hidden edges.
+        num_workers: Not used.
+        download_dir: See `GraphSource`.
+    """
+
+    tells: ClassVar[Mapping[str, str]] = {**GraphSource.tells, "row_normalize": "row_normalize"}
+
+    def __init__(
+        self,
+        root: str = KARATE,
+        pe: Positions = "none",
+        pe_steps: int = 16,
+        row_normalize: bool = True,
+        steps_per_epoch: int = 10,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.1,
+        split_seed: int = 0,
+        num_workers: int = 0,
+        download_dir: str = "data",
+    ) -> None:
+        super().__init__(root, pe, pe_steps, row_normalize, steps_per_epoch, split_seed, num_workers, download_dir)
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.save_hyperparameters(logger=False)
+
+    def parts(self) -> dict[str, Dataset]:
+        """The graph with the pairs of each split."""
+        from torch_geometric.transforms import RandomLinkSplit
+        from torch_geometric.utils import is_undirected
+
+        data = self.graph
+        if self.row_normalize:
+            data.x = normalized(data.x)
+        both = bool(is_undirected(data.edge_index))
+        split = RandomLinkSplit(
+            self.val_fraction, self.test_fraction, is_undirected=both, add_negative_train_samples=False
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.split_seed)
+            state = np.random.get_state()
+            np.random.seed(self.split_seed)
+            parts = split(data)
+            np.random.set_state(state)
+        found: dict[str, Dataset] = {}
+        for part, graph in zip(("train", "val", "test"), parts, strict=True):
+            item = (graph, graph.edge_label.long())
+            found[part] = TrainingPairs(graph, self.steps_per_epoch) if part == "train" else Items([item])
+        return found
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The graph with its pairs, which differ from step to step."""
+        return batch[0].to(device), batch[1].to(device)
+
+    def all_graphs(self) -> list[Any]:
+        """The graph as each split shows it."""
+        return [self.split("train").data, *(self.split(part)[0][0] for part in ("val", "test"))]
+
+
+class TrainingPairs(Dataset):
+    """The graph of the training edges, with its joined pairs and as many others, drawn anew for each item."""
+
+    def __init__(self, data: Any, length: int) -> None:
+        self.data, self.length = data, length
+        self.joined = data.edge_label_index
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> tuple[Any, Tensor]:
+        if i >= self.length:
+            raise IndexError(i)
+        from torch_geometric.utils import negative_sampling
+
+        count = self.joined.shape[1]
+        others = negative_sampling(self.data.edge_index, self.data.num_nodes, count)
+        data = copy.copy(self.data)
+        data.edge_label_index = torch.cat([self.joined, others], dim=1)
+        return data, torch.cat([torch.ones(count), torch.zeros(others.shape[1])]).long()
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Rows of counts or weights `(n, features)` scaled to a sum of 1; rows of zeros stay."""
+    total = x.sum(1, keepdim=True)
+    return x / torch.where(total == 0, 1.0, total)
+
+
+def _only(items: list[Any]) -> Any:
+    return items[0]
