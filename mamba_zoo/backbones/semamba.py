@@ -132,6 +132,8 @@ class SEMamba(Waveforms):
         mirror: Continue signals at their ends by mirroring, as the published weights expect, and not by zeros, as
             causal models do. A mirrored first frame is symmetric, and rounding alone decides whether a phase in it is
             pi or -pi, which the network takes for opposite values.
+        relative_phase: Let the network turn the noisy phases instead of making new ones, and begin with what came in.
+            It has less to learn; no published weights expect it.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -156,6 +158,7 @@ class SEMamba(Waveforms):
         freq_scan: ScanLike | None = None,
         causal: bool = False,
         mirror: bool = True,
+        relative_phase: bool = False,
         device=None,
         dtype=None,
     ):
@@ -171,6 +174,7 @@ class SEMamba(Waveforms):
         if causal and self.scan != "raster":
             raise ValueError(f"scan={self.scan!r} looks ahead; a causal model needs 'raster' (freq_scan= is free)")
         self.dim, self.compress, self.beta, self.causal = dim, compress, beta, causal
+        self.relative_phase = relative_phase
         self.spectrum = Spectrum(n_fft, hop, mirror and not causal)
         self.grad_checkpointing = False
         unit: Any = {"causal": causal, **dd}
@@ -189,6 +193,11 @@ class SEMamba(Waveforms):
         self.phase_unit = MapUnit(WidenFrequency(dim, **dd), dim, **unit)
         self.phase_real = nn.Linear(dim, 1, **dd)
         self.phase_imag = nn.Linear(dim, 1, **dd)
+        if relative_phase:
+            for layer in (self.mask_out, self.phase_real, self.phase_imag):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            nn.init.ones_(self.phase_real.bias)
         name_memories(self)
 
     def forward(self, wave: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -231,7 +240,7 @@ class SEMamba(Waveforms):
         mask = self.beta * torch.sigmoid(self.mask_slope * self.mask_out(mask)[..., 0])
         y = self.phase_unit(self.phase_convs(x, frames), frames)
         angle = torch.atan2(self.phase_imag(y)[..., 0].float(), self.phase_real(y)[..., 0].float())
-        return mask.to(magnitude.dtype) * magnitude, angle
+        return mask.to(magnitude.dtype) * magnitude, angle + phase if self.relative_phase else angle
 
     def init_state(self, batch: int) -> dict[str, Tensor]:
         """The memory of a stream before its first sample, for `step`.
@@ -381,16 +390,17 @@ def semamba(pretrained: bool = False, **kwargs: Any) -> SEMamba:
     input_size=None,
 )
 def semamba_mini(pretrained: bool = False, **kwargs: Any) -> SEMamba:
-    """A small SEMamba of our own at 8 kHz: width 24, two blocks, frames of 32 ms every 8 ms."""
+    """A small SEMamba of our own at 8 kHz: width 16, two blocks, frames of 32 ms every 16 ms."""
     args = {
         "sample_rate": 8000,
         "n_fft": 256,
-        "hop": 64,
-        "dim": 24,
+        "hop": 128,
+        "dim": 16,
         "depth": 2,
         "d_state": 8,
         "expand": 2,
         "mirror": False,
+        "relative_phase": True,
         **kwargs,
     }
     return _build("semamba_mini", pretrained, **args)

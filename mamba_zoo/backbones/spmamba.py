@@ -406,11 +406,11 @@ def spmamba_echo2mix(pretrained: bool = False, **kwargs: Any) -> SPMamba:
     input_size=None,
 )
 def spmamba_mini(pretrained: bool = False, **kwargs: Any) -> SPMamba:
-    """A small SPMamba of our own at 8 kHz: width 12, three blocks, windows of 4, frames of 32 ms every 16 ms."""
+    """A small SPMamba of our own at 8 kHz: width 12, two blocks, windows of 4, frames of 32 ms every 16 ms."""
     args = {
         "hop": 128,
         "dim": 12,
-        "depth": 3,
+        "depth": 2,
         "window": 4,
         "heads": 2,
         "query_size": 256,
