@@ -125,6 +125,10 @@ def freeze_parts(net: nn.Module, mode: str) -> list[nn.Module]:
         for norm in norms:
             norm.requires_grad_(False)
         return norms
+    if hasattr(net, "get_backbone"):
+        backbone: nn.Module = cast(Any, net).get_backbone()
+        backbone.requires_grad_(False)
+        return [backbone]
     head: Any = cast(Any, net).get_classifier() if hasattr(net, "get_classifier") else None
     keep = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
     if not keep:

@@ -118,6 +118,11 @@ TASKS: dict[str, TaskEntry] = {
         ".series_classification:SeriesClassifier", ".labelled_series:LabelledSeries", "name what a series is",
         (("digits", "series_digits"), (".*", "series_classification")),
     ),
+    "semantic-segmentation": TaskEntry(
+        ".segmentation:Segmenter", ".segmentation_data:SegmentationData", "give every pixel a class",
+        (("digits", "segmentation-digits"), ("torchvision:Cityscapes", "segmentation-cityscapes"),
+         (".*", "segmentation-folder")),
+    ),
 }  # fmt: skip
 
 

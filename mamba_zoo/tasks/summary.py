@@ -84,13 +84,14 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, scores: Sequence[str
     _save(figure, path)
 
 
-def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
+def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path, numbers: bool = True) -> None:
     """True classes as rows, predicted ones as columns, each row as parts of its class.
 
     Args:
-        counts: `(classes, classes)` images.
+        counts: `(classes, classes)` items.
         names: Of the classes.
         path: Of the PNG.
+        numbers: Write the counts of up to 20 classes into the cells.
     """
     side = min(4 + 0.3 * len(names), 24)
     figure = _figure((side, side))
@@ -102,7 +103,7 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None
     if len(names) <= 60:
         axis.set_xticks(range(len(names)), names, rotation=90)
         axis.set_yticks(range(len(names)), names)
-    if len(names) <= 20:
+    if numbers and len(names) <= 20:
         for i, j in np.argwhere(counts):
             color = "white" if parts[i, j] > 0.5 else "black"
             axis.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=color, fontsize=8)

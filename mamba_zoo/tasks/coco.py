@@ -1,0 +1,192 @@
+"""Annotations in COCO's format: boxes, classes and masks of the objects in images, checked as they are read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+_TOLERANCE = 1.0  # pixels by which tools that round may leave the image
+
+
+class AnnotationError(ValueError):
+    """Annotations that cannot be trained on."""
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """One image with its objects.
+
+    Attributes:
+        path: Of the image.
+        height: In pixels.
+        width: In pixels.
+        boxes: `(n, 4)` corners `x0, y0, x1, y1` in pixels.
+        classes: `(n,)` class numbers, from 0.
+        crowd: `(n,)` whether a box holds many objects that are not told apart; such boxes are not learnt.
+        outlines: For each object its polygons or run lengths as the file has them; None if it has none.
+    """
+
+    path: Path
+    height: int
+    width: int
+    boxes: NDArray[np.float32]
+    classes: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    outlines: list[Any] = field(default_factory=list)
+
+    def masks(self) -> NDArray[np.bool_]:
+        """`(n, height, width)` the pixels of each object.
+
+        Raises:
+            AnnotationError: an object without an outline, or one that is no outline.
+        """
+        found = np.zeros((len(self.boxes), self.height, self.width), bool)
+        for i, outline in enumerate(self.outlines):
+            try:
+                found[i] = decode(outline, self.height, self.width)
+            except (ValueError, TypeError, KeyError, IndexError) as error:
+                raise AnnotationError(
+                    f"object {i} of {self.path} has no usable mask ({error}); instance-segmentation needs polygons or "
+                    "run lengths, object-detection does not"
+                ) from None
+        return found
+
+
+def read_coco(
+    file: Path, images: Path, classes: list[str] | None = None, drop: bool = False
+) -> tuple[list[Annotated], list[str]]:
+    """Every image of an annotation file, and the names of the classes.
+
+    Args:
+        file: JSON with "images", "annotations" and "categories".
+        images: Folder that the file names are relative to.
+        classes: The names that the file must have, if they are known.
+        drop: Leave out boxes that are empty or outside their image.
+
+    Raises:
+        FileNotFoundError: no such file, or an image that is not there.
+        AnnotationError: no such JSON, an unknown image or category, a box outside its image, or other classes.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no annotation file {file}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries, objects, categories = (content[key] for key in ("images", "annotations", "categories"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise AnnotationError(
+            f"{file} is no annotation file in COCO's format ({error}); it needs images, annotations and categories"
+        ) from None
+    names = [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
+    numbers = {c["id"]: i for i, c in enumerate(sorted(categories, key=lambda c: c["id"]))}
+    if not entries:
+        raise AnnotationError(f"{file} lists no image")
+    if classes is not None and names != classes:
+        raise AnnotationError(
+            f"the classes of {file} ({', '.join(names[:5])}) are not those trained on ({', '.join(classes[:5])}); "
+            "every split needs the same categories"
+        )
+    by_image: dict[Any, list[dict[str, Any]]] = {entry["id"]: [] for entry in entries}
+    for each in objects:
+        for key, known in (("image_id", by_image), ("category_id", numbers)):
+            if each[key] not in known:
+                raise AnnotationError(f"{file}: annotation {each.get('id')} has {key} {each[key]}, which is not listed")
+        by_image[each["image_id"]].append(each)
+    return [_annotated(file, images, entry, by_image[entry["id"]], numbers, drop) for entry in entries], names
+
+
+def decode(outline: Any, height: int, width: int) -> NDArray[np.bool_]:
+    """The pixels `(height, width)` of an object.
+
+    Args:
+        outline: A list of polygons `[x0, y0, x1, y1, ...]`, or `{"size": [h, w], "counts": ...}` whose counts are run
+            lengths, as numbers or packed into a text. Runs go down the columns and start with background.
+        height: Of the image.
+        width: Of the image.
+
+    Raises:
+        ValueError: no outline, or one of another image size.
+
+    Source: the packed form, five bits a character with differences to the run before the last, is that of COCO's mask
+        API (https://cocodataset.org/#format-data), which documents it in its code only.
+    """
+    if isinstance(outline, dict):
+        if list(outline["size"]) != [height, width]:
+            raise ValueError(f"its run lengths are of {outline['size']}, the image is of {[height, width]}")
+        counts = outline["counts"]
+        runs = np.asarray(_unpack(counts) if isinstance(counts, str) else counts, dtype=np.int64)
+        if runs.sum() != height * width or (runs < 0).any():
+            raise ValueError(f"its run lengths sum to {runs.sum()}, not to {height * width} pixels")
+        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    if not isinstance(outline, list) or not outline:
+        raise ValueError("it has none")
+    picture = Image.new("1", (width, height))
+    draw = ImageDraw.Draw(picture)
+    for polygon in outline:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"a polygon of {len(polygon)} numbers; pairs of at least three points are needed")
+        draw.polygon([(x - 0.5, y - 0.5) for x, y in zip(polygon[::2], polygon[1::2], strict=True)], fill=1)
+    return np.asarray(picture)
+
+
+def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """Run lengths of a mask `(h, w)`, as `decode` takes them."""
+    flat = np.asarray(mask, bool).T.ravel()
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff(np.concatenate([[0], changes, [flat.size]]))
+    counts = [0, *runs.tolist()] if flat[0] else runs.tolist()
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def _unpack(text: str) -> list[int]:
+    runs: list[int] = []
+    position = 0
+    while position < len(text):
+        value, shift, more = 0, 0, True
+        while more:
+            bits = ord(text[position]) - 48
+            value |= (bits & 0x1F) << shift
+            more = bool(bits & 0x20)
+            shift += 5
+            position += 1
+            if not more and bits & 0x10:
+                value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+    return runs
+
+
+def _annotated(
+    file: Path,
+    images: Path,
+    entry: dict[str, Any],
+    objects: list[dict[str, Any]],
+    numbers: dict[Any, int],
+    drop: bool,
+) -> Annotated:
+    path, height, width = images / entry["file_name"], int(entry["height"]), int(entry["width"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{file} names the image {path}, which is not there")
+    boxes = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    limits = np.array([width, height, width, height], np.float32)
+    outside = np.any((boxes < -_TOLERANCE) | (boxes > limits + _TOLERANCE), axis=1)
+    bad = outside | np.any(boxes[:, 2:] <= boxes[:, :2], axis=1)
+    if bad.any() and not drop:
+        i = int(bad.argmax())
+        raise AnnotationError(
+            f"{file}: the box {objects[i]['bbox']} (x, y, width, height) of annotation {objects[i].get('id')} "
+            f"{'lies outside' if outside[i] else 'is empty in'} its image {entry['file_name']} of {width}x{height} "
+            "pixels; correct it, or leave such boxes out with on_bad_box='drop'"
+        )
+    objects, boxes = [o for o, wrong in zip(objects, bad, strict=True) if not wrong], boxes[~bad]
+    return Annotated(
+        path, height, width, boxes.clip(0, limits),
+        np.array([numbers[o["category_id"]] for o in objects], np.int64),
+        np.array([bool(o.get("iscrowd", 0)) for o in objects], bool),
+        [o.get("segmentation") for o in objects],
+    )  # fmt: skip
