@@ -239,7 +239,7 @@ def pool_nodes(x: Tensor, graphs: Graphs, how: str) -> Tensor:
     """
     out = x.new_zeros(len(graphs.lengths), x.shape[1])
     if how == "max":
-        return out.index_reduce(0, graphs.batch, x, "amax", include_self=False)
+        return out.scatter_reduce(0, graphs.batch[:, None].expand_as(x), x, "amax", include_self=False)
     total = out.index_add(0, graphs.batch, x)
     return total if how == "add" else total / graphs.ptr.diff().clamp(min=1)[:, None].to(x.dtype)
 

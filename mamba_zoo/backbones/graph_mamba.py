@@ -156,7 +156,7 @@ class GraphMamba(GraphModel):
         pe_steps: Steps of the random walk.
         encoder_norm: Batch norm after the node encoder.
         pre_layers: Layers between encoder and first layer: linear, batch norm, ReLU, rows scaled to length 1.
-        smooth: Steps of personalised PageRank over the nodes before the head, as in APPNP (arXiv:1810.05997), for graphs
+        smooth: Steps of personalised PageRank over the nodes before the head (APPNP, arXiv:1810.05997), for graphs
             whose neighbours are alike and whose labels are few. 0 is published.
         head_layers: Linear layers of the head.
         head_l2_norm: Scale rows to length 1 within the head, as the published models do.
