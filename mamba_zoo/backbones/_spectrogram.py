@@ -32,22 +32,42 @@ class SpectrogramEmbed(nn.Module):
         dim: Width of the tokens.
         patch_size: Bands and frames of a patch.
         stride: Bands and frames between patches.
+        stem: Channels of two 3x3 convolutions that come first and halve both sides each, with batch norms and ReLU;
+            None has none. Patches and strides are then multiples of 4.
         device: Of the parameters.
         dtype: Of the parameters.
+
+    Raises:
+        ValueError: a stem, and patches that it does not divide.
     """
 
-    def __init__(self, in_chans: int, dim: int, patch_size: Pair, stride: Pair, device=None, dtype=None):
+    def __init__(
+        self, in_chans: int, dim: int, patch_size: Pair, stride: Pair, stem: int | None = None, device=None, dtype=None
+    ):
         super().__init__()
-        self.patch_size, self.stride = patch_size, stride
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=stride, device=device, dtype=dtype)
+        dd: Any = {"device": device, "dtype": dtype}
+        if stem is not None and any(size % 4 for size in (*patch_size, *stride)):
+            raise ValueError(f"patch_size={patch_size} and stride={stride} must be multiples of 4 after a stem")
+        self.patch_size, self.stride, self.stem = patch_size, stride, None
+        if stem is not None:
+            self.stem = nn.Sequential(
+                nn.Conv2d(in_chans, stem, 3, stride=2, padding=1, bias=False, **dd), nn.BatchNorm2d(stem, **dd),
+                nn.ReLU(), nn.Conv2d(stem, stem, 3, stride=2, padding=1, bias=False, **dd),
+                nn.BatchNorm2d(stem, **dd), nn.ReLU(),
+            )  # fmt: skip
+            patch_size, stride = (patch_size[0] // 4, patch_size[1] // 4), (stride[0] // 4, stride[1] // 4)
+        self.proj = nn.Conv2d(stem or in_chans, dim, patch_size, stride=stride, **dd)
 
     def grid(self, bands: int, frames: int) -> Pair:
         """Patches along frequency and time; what fills no patch is dropped, as published."""
-        return (bands - self.patch_size[0]) // self.stride[0] + 1, (frames - self.patch_size[1]) // self.stride[1] + 1
+        (patch_f, patch_t), (step_f, step_t) = self.proj.kernel_size, self.proj.stride
+        if self.stem is not None:
+            bands, frames = (bands + 3) // 4, (frames + 3) // 4
+        return (bands - patch_f) // step_f + 1, (frames - patch_t) // step_t + 1
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, c, bands, frames)` to a channels-last map `(b, f, t, dim)`."""
-        return self.proj(x).permute(0, 2, 3, 1)
+        return self.proj(x if self.stem is None else self.stem(x)).permute(0, 2, 3, 1)
 
 
 class SpectrogramTokens(Tokens):
@@ -76,6 +96,7 @@ class SpectrogramTokens(Tokens):
         global_pool: Likewise.
         drop_rate: Likewise.
         drop_path: Likewise.
+        stem: As for `SpectrogramEmbed`.
         device: Likewise.
         dtype: Likewise.
 
@@ -86,7 +107,8 @@ class SpectrogramTokens(Tokens):
     def __init__(
         self, blocks: Any, norm: nn.Module, dim: int, mel_bins: int, frames: int, patch_size: Pair, stride: Pair,
         token_scans: tuple[str, ...], front_end: str | dict[str, Any] | FrontEnd | None, sample_rate: int | None,
-        in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path: float, device=None, dtype=None,
+        in_chans: int, num_classes: int, global_pool: str, drop_rate: float, drop_path: float,
+        stem: int | None = None, device=None, dtype=None,
     ):  # fmt: skip
         dd: Any = {"device": device, "dtype": dtype}
         super().__init__(
@@ -95,7 +117,7 @@ class SpectrogramTokens(Tokens):
         if mel_bins < patch_size[0] or frames < patch_size[1]:
             raise ValueError(f"mel_bins={mel_bins} and frames={frames} are smaller than a patch of {patch_size}")
         self.mel_bins, self.frames, self.token_scans, self.sample_rate = mel_bins, frames, token_scans, sample_rate
-        self.patch_embed = SpectrogramEmbed(in_chans, dim, patch_size, stride, **dd)
+        self.patch_embed = SpectrogramEmbed(in_chans, dim, patch_size, stride, stem, **dd)
         self.grid = self.patch_embed.grid(mel_bins, frames)
         self.front_end = None if front_end is None else make_front_end(front_end)
         if self.front_end is not None and (self.front_end.mel_bins != mel_bins or in_chans != 1):
@@ -182,9 +204,10 @@ class SpectrogramTokens(Tokens):
 
         Padded tokens are `(b, l, d)`, each recording in a row of its own; packed ones `(1, l, d)`, one after another.
         """
-        patches = self.patch_embed(x)
         grids = [self.patch_embed.grid(self.mel_bins, length) for length in lengths]
-        rows = [self._place(patches[i : i + 1, :, : g[1]].flatten(1, 2), g)[0] for i, g in enumerate(grids)]
+        # One by one, so that a stem sees no frame behind a recording.
+        patches = [self.patch_embed(x[i : i + 1, ..., :length]) for i, length in enumerate(lengths)]
+        rows = [self._place(p.flatten(1, 2), grid)[0] for p, grid in zip(patches, grids, strict=True)]
         sizes = [len(row) for row in rows]
         starts = [sum(sizes[:i]) if packed else i * max(sizes) for i in range(len(rows))]
         spans = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]

@@ -16,7 +16,7 @@ from timm.layers.weight_init import lecun_normal_, trunc_normal_
 from torch import Tensor, nn
 
 from ..kernels import selective_scan
-from ..scans import ScanLike, as_spec
+from ..scans import ScanLike, as_spec, build_scan
 from ._block import AddNormBlock, RMSNorm
 from ._embed import remove_token
 from ._fbank import FRONT_ENDS, FrontEnd
@@ -70,7 +70,8 @@ class SharedSSM(SelectiveSSM):
 class SharedMamba(nn.Module):
     """Vim's first mixer ("bimamba v1"): one convolution and one set of projections, then k scans, summed.
 
-    The convolution follows the first direction of the scan; each token then has one step, B and C for all directions.
+    The convolution follows the first direction of the scan, or the raster if that visits only some tokens; each token
+    then has one step, B and C for all directions.
 
     Args:
         dim: Model width.
@@ -128,11 +129,14 @@ class AuM(SpectrogramTokens):
         shared: True is "Fo-Bi": directions share all but their decay rates and are summed. False is "Bi-Bi": each has
             its own convolution and projections, and they are averaged. "Fo-Fo" is False with `scan="raster"`.
         scan: Visiting orders of the patches on the grid (frequency, time): a name, a specification, a `Scan` or a
-            function; see `mamba_zoo.scans`. Each direction visits the class token halfway. "none" leaves the scan and
-            its parameters out of every block, as a control.
+            function; see `mamba_zoo.scans`. Directions that reverse each other visit the class token halfway, as does
+            "raster", as published; any other direction last. "none" leaves the scan and its parameters out of every
+            block, as a control; pool by "avg" then.
         front_end: None takes spectrograms. The name of a data set of the published weights ("audioset", "vggsound",
             "voxceleb", "speechcommands", "epic_sounds"), settings or a `FrontEnd` takes waveforms `(b, samples)`.
         sample_rate: Of waveforms, in Hz, resampled if it is not the front end's; None is the front end's.
+        stem: Channels of two convolutions before the patches, with which small data are learnt better; None, as
+            published, has none. Patches are then multiples of 4.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Rate of the last block; rates rise linearly from 0.
         device: Of the parameters.
@@ -161,6 +165,7 @@ class AuM(SpectrogramTokens):
         scan: ScanLike = "bidirectional",
         front_end: str | dict[str, Any] | FrontEnd | None = None,
         sample_rate: int | None = None,
+        stem: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
@@ -169,7 +174,8 @@ class AuM(SpectrogramTokens):
         dd: Any = {"device": device, "dtype": dtype}
         ssm = scan != "none"
         spec, k = resolve_scan(scan if ssm else "bidirectional")
-        tokens = as_spec(f"with_token({spec}, 'middle')")
+        # As published, the class token of Fo-Fo sees only the half of the patches that was read before it.
+        tokens = as_spec(f"with_token({spec}, 'middle', '{'there' if spec == 'raster' else 'last'}')")
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         if shared:
             mixer = partial(SharedMamba, dim, d_state, d_conv, expand, dt_rank, k, ssm, **dd)
@@ -184,7 +190,7 @@ class AuM(SpectrogramTokens):
             frames,
             as_pair(patch_size),
             as_pair(stride or patch_size),
-            (tokens, as_spec(f"first({tokens})")) if shared else (tokens,),
+            (tokens, _lead(tokens)) if shared else (tokens,),
             front_end,
             sample_rate,
             in_chans,
@@ -192,6 +198,7 @@ class AuM(SpectrogramTokens):
             global_pool,
             drop_rate,
             rates[-1],
+            stem,
             **dd,
         )
         self.scan, self.shared = spec if ssm else "none", shared
@@ -226,6 +233,12 @@ class AuM(SpectrogramTokens):
         return (orders[0], cu_seqlens, *orders[1:])
 
 
+def _lead(tokens: str) -> str:
+    """The order of the one convolution: the first direction of `tokens`, or the raster if that leaves tokens out."""
+    first = build_scan(tokens, 8, 8).order[0]
+    return as_spec(f"first({tokens})" if int((first >= 0).sum()) == 8 * 8 + 1 else "with_token(raster, 'middle')")
+
+
 KEYS = [Key(r"module\.", ""), Key(r"^pos_embed\.pos_embed$", "pos_embed"), *VIM_KEYS]
 
 
@@ -253,12 +266,12 @@ def resized(state: dict[str, Tensor], model: SpectrogramTokens, overlap: bool = 
     weight, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     if weight is None or positions is None or weight.dim() != 4:
         return state
-    size = model.patch_embed.patch_size
-    stride = model.patch_embed.stride[0] if overlap and tuple(weight.shape[2:]) == size else weight.shape[2]
-    bands, places = (model.mel_bins - weight.shape[2]) // stride + 1, positions.shape[1] - 1
+    size = model.patch_embed.proj.kernel_size
+    same = overlap and tuple(weight.shape[2:]) == size
+    bands, places = model.grid[0] if same else model.mel_bins // weight.shape[2], positions.shape[1] - 1
     if bands > 0 and places % bands == 0 and (bands, places // bands) != model.grid:
         positions = model.resize_positions(positions, (bands, places // bands), model.grid)
-    return {**state, "pos_embed": positions, "patch_embed.proj.weight": resize_patches(weight, size)}
+    return {**state, "pos_embed": positions, "patch_embed.proj.weight": resize_patches(weight, (size[0], size[1]))}
 
 
 def _from_images(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -363,3 +376,30 @@ def aum_small(pretrained: bool = False, **kwargs: Any) -> AuM:
 def aum_base(pretrained: bool = False, **kwargs: Any) -> AuM:
     """AuM-B, directions sharing their projections: 92.1 M parameters, AudioSet 32.74 mAP from scratch (README)."""
     return _build("aum_base", pretrained, **{"dim": 768, **kwargs})
+
+
+@register(
+    Card(
+        "audio",
+        "mamba_zoo",
+        "Apache-2.0",
+        "2406.03344",
+        155_242,
+        drop_path=0.1,
+        notes="Not published: for small sets of short recordings. A convolutional stem, then a token every 4 frames.",
+    ),
+    **{
+        **audio_cfg("speechcommands", 10),
+        "input_size": (1, 40, 100),
+        "mean": (0.0,),
+        "std": (1.0,),
+        "first_conv": "patch_embed.stem.0",
+    },
+)
+def aum_mini(pretrained: bool = False, **kwargs: Any) -> AuM:
+    """A small AuM of our own for short recordings: 40 mel bins, a stem, a token every 4 frames, four blocks."""
+    args = {
+        "mel_bins": 40, "frames": 100, "num_classes": 10, "patch_size": (kwargs.get("mel_bins", 40), 4), "stem": 32,
+        "dim": 64, "depth": 4, "d_state": 8, "global_pool": "avg", **kwargs,
+    }  # fmt: skip
+    return build_model(AuM, "aum_mini", pretrained, checkpoint_filter_fn, (-4, -3, -2, -1), **args)
