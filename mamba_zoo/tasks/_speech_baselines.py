@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class ConvMask(_Masks):
             for gap in (2 ** (i % 5) for i in range(depth))
         )
         self.head = nn.Conv2d(dim, 2 * sources, 1)
+        _begin_even(self.head, sources)
 
     def masks(self, x: Tensor) -> Tensor:
         """`(b, t, f, 2)` to `(b, t, f, 2 * sources)`."""
@@ -78,6 +80,7 @@ class TransformerMask(_Masks):
         )
         self.blocks = nn.ModuleList(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False) for _ in range(depth))
         self.head = nn.Linear(dim, 2 * sources * freqs)
+        _begin_even(self.head, sources)
 
     def masks(self, x: Tensor) -> Tensor:
         """`(b, t, f, 2)` to `(b, t, f, 2 * sources)`."""
@@ -87,6 +90,14 @@ class TransformerMask(_Masks):
         for block in self.blocks:
             y = block(y)
         return self.head(y).unflatten(-1, (f, -1))
+
+
+@torch.no_grad()
+def _begin_even(head: nn.Conv2d | nn.Linear, sources: int) -> None:
+    """Let the masks begin close to an equal share of the mixture for every source."""
+    head.weight *= 0.1
+    if head.bias is not None:
+        head.bias.zero_()[::2] = math.atanh(0.5 / sources)
 
 
 def _sines(steps: int, dim: int, device: torch.device) -> Tensor:

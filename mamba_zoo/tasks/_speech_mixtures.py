@@ -55,6 +55,12 @@ class Recordings:
         """Recording `i` from its file."""
         return read_sound(self.paths[i], self.sample_rate)[0]
 
+    def warm(self) -> None:
+        """Read everything if it is small, so that processes that are started now need not read it again and again."""
+        if sum(path.stat().st_size for path in self.paths if path.exists()) < _CACHE / 4:
+            for i in range(len(self)):
+                self.read(i)
+
     def speak(self, speaker: str, samples: int, rng: np.random.Generator) -> np.ndarray:
         """So many samples of a speaker: recordings drawn at random, with short pauses between, cut at random."""
         mine = self.by_speaker[speaker]
@@ -237,26 +243,22 @@ def speakers_of(paths: Sequence[Path], root: Path, pattern: str | None) -> list[
 def split_paths(
     paths: Sequence[Path], root: Path, test_pattern: str | None, val_pattern: str | None, seed: int
 ) -> dict[str, list[Path]]:
-    """Files of each part: those whose path matches a pattern, else a tenth of the rest, drawn by name.
-
-    Which part a file falls into depends on its own name and the seed alone.
+    """Files of each part: those whose path matches its pattern; without one, a tenth of the others, drawn by name.
 
     Raises:
         ValueError: a part without files.
     """
-    parts: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
-    for path in paths:
-        name = path.relative_to(root).as_posix()
-        drawn = zlib.crc32(f"{seed}:{name}".encode()) % 10
-        if test_pattern is not None and re.search(test_pattern, name):
-            part = "test"
-        elif val_pattern is not None and re.search(val_pattern, name):
-            part = "val"
-        elif drawn == 0 and test_pattern is None:
-            part = "test"
-        else:
-            part = "val" if drawn == 1 and val_pattern is None else "train"
-        parts[part].append(path)
+    names = {path: path.relative_to(root).as_posix() for path in paths}
+    left = sorted(paths, key=lambda path: (zlib.crc32(f"{seed}:{names[path]}".encode()), names[path]))
+    tenth = max(1, len(left) // 10)
+    parts: dict[str, list[Path]] = {}
+    matched = {"test": test_pattern, "val": val_pattern}
+    for part in sorted(matched, key=lambda part: matched[part] is None):  # patterns choose first
+        pattern = matched[part]
+        parts[part] = left[:tenth] if pattern is None else [path for path in left if re.search(pattern, names[path])]
+        taken = set(parts[part])
+        left = [path for path in left if path not in taken]
+    parts = {part: sorted(found) for part, found in {"train": left, **parts}.items()}
     if empty := [part for part, files in parts.items() if not files]:
         raise ValueError(f"no file of {root} is left for {', '.join(empty)}; give more files, or other patterns")
     return parts

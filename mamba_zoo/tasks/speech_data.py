@@ -85,6 +85,9 @@ class SpeechData(TaskData):
     def parts(self) -> dict[str, Dataset]:
         """Mixtures of recordings that no other part uses."""
         voices = self.recordings(self.root, self.speaker_pattern, self.test_pattern, self.val_pattern)
+        if self.num_workers:
+            for found in voices.values():
+                found.warm()
         return {
             part: Mixtures(part, self.counts[part], self.split_seed, self.maker(part, found))
             for part, found in voices.items()
