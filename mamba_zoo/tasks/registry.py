@@ -123,6 +123,10 @@ TASKS: dict[str, TaskEntry] = {
         (("digits", "segmentation-digits"), ("torchvision:Cityscapes", "segmentation-cityscapes"),
          (".*", "segmentation-folder")),
     ),
+    "video-classification": TaskEntry(
+        ".video:VideoClassifier", ".video_data:VideoData", "name what happens in a clip",
+        (("moving-digits", "video-digits"), (".*", "video-folder")),
+    ),
 }  # fmt: skip
 
 
