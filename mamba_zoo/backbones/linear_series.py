@@ -29,6 +29,7 @@ class LinearSeries(SeriesModel):
         kind: "plain"; "decomposed", DLinear: a map for the moving average and one for the rest; or "last", NLinear: of
             differences to the last step.
         average: Steps of the moving average, an odd number.
+        use_norm: Normalise every window.
         drop_rate: Dropout before the classifier.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -45,6 +46,7 @@ class LinearSeries(SeriesModel):
         num_classes: int = 0,
         kind: str = "plain",
         average: int = 25,
+        use_norm: bool = False,
         drop_rate: float = 0.0,
         device=None,
         dtype=None,
@@ -54,7 +56,9 @@ class LinearSeries(SeriesModel):
             raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
         if average < 1 or average % 2 == 0:
             raise ValueError(f"average={average} must be an odd number of steps")
-        super().__init__(in_chans, seq_len, pred_len, num_classes, seq_len * in_chans, seq_len, False, drop_rate, **dd)
+        super().__init__(
+            in_chans, seq_len, pred_len, num_classes, seq_len * in_chans, seq_len, use_norm, drop_rate, **dd
+        )
         self.kind, self.average = kind, average
         self.trend = nn.Linear(seq_len, self.pred_len, **dd) if kind == "decomposed" and not num_classes else None
 

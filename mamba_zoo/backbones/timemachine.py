@@ -38,6 +38,7 @@ class TimeMachine(SeriesModel):
         d_conv: Taps of the convolution.
         expand: Inner width of the mixers in units of theirs.
         independent: Treat the variates one by one; for few variates. The authors do so up to 21.
+        use_norm: Normalise every window.
         affine: Learn a scale and an offset of every variate in the normalisation.
         dropout: Of both embeddings.
         scan: Order of what is scanned: of the values of an embedding on the grids `(n1,)` and `(n2,)`, or of the
@@ -62,6 +63,7 @@ class TimeMachine(SeriesModel):
         d_conv: int = 2,
         expand: float = 1,
         independent: bool = True,
+        use_norm: bool = True,
         affine: bool = True,
         dropout: float = 0.7,
         scan: ScanLike = "forward",
@@ -70,11 +72,11 @@ class TimeMachine(SeriesModel):
         dtype=None,
     ):
         dd: Any = {"device": device, "dtype": dtype}
-        super().__init__(in_chans, seq_len, pred_len, num_classes, 2 * n1, drop_rate=drop_rate, **dd)
+        super().__init__(in_chans, seq_len, pred_len, num_classes, 2 * n1, use_norm=use_norm, drop_rate=drop_rate, **dd)
         self.independent = independent
         self.scan, k, ssm = series_scan(scan, "forward", n1 if independent else in_chans)
-        self.scale = nn.Parameter(torch.ones(in_chans, **dd)) if affine else None
-        self.offset = nn.Parameter(torch.zeros(in_chans, **dd)) if affine else None
+        self.scale = nn.Parameter(torch.ones(in_chans, **dd)) if affine and use_norm else None
+        self.offset = nn.Parameter(torch.zeros(in_chans, **dd)) if affine and use_norm else None
         self.lin1 = nn.Linear(seq_len, n1, **dd)
         self.lin2 = nn.Linear(n1, n2, **dd)
         self.dropout = nn.Dropout(dropout)

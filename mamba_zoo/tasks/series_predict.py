@@ -1,0 +1,183 @@
+"""`mamba-zoo predict` for models of series: forecasts, filled gaps and anomaly scores of a table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .running import write_csv
+from .series_data import Windows, fill_forward, mark_rows
+from .series_files import Table, find_table, later_dates
+from .series_windows import laid_together, side_by_side
+
+if TYPE_CHECKING:
+    from .anomaly import AnomalyDetector
+    from .forecasting import Forecaster
+    from .imputation import Imputer
+
+_SHOWN = 4
+
+
+def read_for(model: Any, source: Path) -> tuple[Table, Tensor, Tensor, Tensor]:
+    """The series of a table that `model` was trained on, and as it reads them: filled, scaled, and their marks.
+
+    Args:
+        model: With `columns`, `seq_len` and `scaled`.
+        source: As for `series_files.find_table`.
+
+    Raises:
+        ValueError: columns that are missing, or fewer rows than a window.
+    """
+    table = find_table(str(source)).columns(model.columns)
+    if len(table.values) < model.seq_len:
+        raise ValueError(f"{source} has {len(table.values)} rows, but the model reads {model.seq_len}")
+    target = model.scaled(torch.from_numpy(table.values)).float()
+    marks = torch.from_numpy(mark_rows(table.dates, len(target))).float()
+    return table, fill_forward(target), target, marks
+
+
+def device_for(name: str) -> torch.device:
+    """The device that `--device` names."""
+    if name == "auto":
+        name = "gpu" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda" if name == "gpu" else name)
+
+
+def batches(data: Windows, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """All windows in order."""
+    for i in range(0, len(data), batch_size):
+        batch = data.__getitems__(range(i, min(i + batch_size, len(data))))
+        yield tuple(part.to(device) for part in batch)
+
+
+@torch.no_grad()
+def forecast_csv(model: Forecaster, args: argparse.Namespace) -> str:
+    """Write forecasts of the table `args.data` into `args.out`, and a picture beside it.
+
+    Raises:
+        ValueError: a table that does not fit the model, or `every` below 1.
+    """
+    from ._series_figures import plot_forecasts
+
+    if args.every is not None and args.every < 1:
+        raise ValueError(f"every={args.every} must be at least 1 step")
+    out = args.out or Path("predictions.csv")
+    table, values, target, marks = read_for(model, args.data)
+    if not model.reads_marks:
+        marks = marks[:, :0]
+    n, l, h = len(values), model.seq_len, model.pred_len
+    ends = [n - 1]  # last row that each forecast reads
+    if args.every is not None:
+        ends = [*range(n - 1, l - 2, -args.every)][::-1]
+    device = device_for(args.device)
+    model = model.to(device)
+    # Rows that have not come yet, so that the last windows have targets as well: nothing is known of them.
+    beyond = torch.full((h, values.shape[1]), torch.nan)
+    data = Windows(values, torch.cat([target, beyond]), marks, torch.tensor(ends) - l + 1, l, h)
+    found = torch.cat([model.predict_step(batch, 0).cpu() for batch in batches(data, args.batch_size, device)]).numpy()
+    write_csv(out, _rows(table, ends, found, h))
+    shown = _shown(model, data, n, l, h)
+    plot_forecasts(shown, model.columns, out.with_suffix(".png"), model.season)
+    what = "forecast" if len(ends) == 1 else "forecasts"
+    return f"{len(ends):,} {what} of {h} steps -> {out}, {out.with_suffix('.png')}"
+
+
+def _rows(table: Table, ends: list[int], found: np.ndarray, h: int) -> list[dict[str, Any]]:
+    dates = None if table.dates is None else np.concatenate([table.dates, later_dates(table.dates, h)])
+    rows: list[dict[str, Any]] = []
+    for end, forecast in zip(ends, found, strict=True):
+        for step in range(h):
+            row = end + 1 + step
+            cells: dict[str, Any] = {"origin": end if dates is None else str(dates[end]), "step": step + 1}
+            if dates is not None:
+                cells["date"] = str(dates[row])
+            cells |= {name: f"{value:.6g}" for name, value in zip(table.names, forecast[step], strict=True)}
+            if len(ends) > 1:
+                known = row < len(table.values)
+                truth = table.values[row] if known else [np.nan] * len(table.names)
+                pairs = zip(table.names, truth, strict=True)
+                cells |= {f"{name} (truth)": "" if np.isnan(value) else f"{value:.6g}" for name, value in pairs}
+            rows.append(cells)
+    return rows
+
+
+def _shown(model: Forecaster, data: Windows, n: int, l: int, h: int) -> list[list[np.ndarray]]:
+    """Windows for the picture: the last whose forecast can be compared with what came, some before it, and the last."""
+    last = n - l
+    starts = sorted({max(0, last - h - i * h) for i in range(_SHOWN - 1) if last - h >= 0} | {last})
+    data.starts = torch.tensor(starts)
+    batch = tuple(part.to(model.device) for part in data.__getitems__(range(len(starts))))
+    forecast, simple = model.predictions(batch), model.simple_forecasts(batch[0])["season"]
+    parts = [model.unscaled(part.detach().float()).cpu().numpy() for part in (*batch[:2], forecast, simple)]
+    return [[part[i] for part in parts] for i in range(len(starts))]
+
+
+def filled_csv(model: Imputer, args: argparse.Namespace) -> str:
+    """Write the table `args.data` with its gaps filled into `args.out`, and a picture beside it.
+
+    Raises:
+        ValueError: a table that does not fit the model.
+    """
+    from ._series_figures import plot_filled
+
+    out = args.out or Path("predictions.csv")
+    table, found = _over_table(model, args)
+    gaps = np.isnan(table.values)
+    whole = np.where(gaps, model.unscaled(found).numpy(), table.values)
+    rows = [
+        {**({} if table.dates is None else {"date": str(table.dates[i])}), **_cells(table.names, whole[i])}
+        for i in range(len(whole))
+    ]
+    write_csv(out, rows)
+    plot_filled(table.values, whole, table.names, out.with_suffix(".png"))
+    return f"{int(gaps.sum()):,} missing values filled in {len(rows):,} steps -> {out}, {out.with_suffix('.png')}"
+
+
+def scores_csv(model: AnomalyDetector, args: argparse.Namespace) -> str:
+    """Write the score of every step of the table `args.data` into `args.out`, and a picture beside it.
+
+    Raises:
+        ValueError: a table that does not fit the model.
+    """
+    from ._series_figures import plot_anomalies
+
+    out = args.out or Path("predictions.csv")
+    table, found = _over_table(model, args)
+    scores, threshold = found.numpy(), float(model.threshold)
+    rows = [
+        {
+            **({"step": i} if table.dates is None else {"date": str(table.dates[i])}),
+            "score": f"{score:.6g}",
+            "threshold": f"{threshold:.6g}",
+            "alarm": int(score > threshold),
+            **_cells(table.names, table.values[i]),
+        }
+        for i, score in enumerate(scores)
+    ]
+    write_csv(out, rows)
+    plot_anomalies(table.values, scores, threshold, table.names, out.with_suffix(".png"))
+    alarms = int((scores > threshold).sum())
+    return f"{alarms:,} alarms in {len(rows):,} steps -> {out}, {out.with_suffix('.png')}"
+
+
+@torch.no_grad()
+def _over_table(model: Any, args: argparse.Namespace) -> tuple[Table, Tensor]:
+    """What the model says of every row of a table, `(rows, ...)`."""
+    table, values, target, marks = read_for(model, args.data)
+    device = device_for(args.device)
+    model = model.to(device)
+    starts = side_by_side(len(values), model.seq_len)
+    data = Windows(values, target, marks, starts, model.seq_len, 0)
+    parts = torch.cat([model.predict_step(batch, 0).cpu() for batch in batches(data, args.batch_size, device)])
+    model.to("cpu")
+    return table, laid_together(len(values), starts, parts)
+
+
+def _cells(names: list[str], values: np.ndarray) -> dict[str, str]:
+    return {name: "" if np.isnan(value) else f"{value:.6g}" for name, value in zip(names, values, strict=True)}

@@ -1,0 +1,157 @@
+"""Windows of series whose own values are to be found: to fill gaps, and to score how unusual each step is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .series_data import SeriesData, Windows
+from .series_files import Table
+
+_LABEL_NAMES = ("label", "labels", "anomaly", "is_anomaly")
+
+
+class WindowData(SeriesData):
+    """Windows of the series in one table; those for validation and test lie side by side in their part.
+
+    Args:
+        root: See `SeriesData`, as for all that follow.
+        seq_len: Steps of a window.
+        columns: Which columns to take; None takes all.
+        split: Parts for training, validation and test.
+        missing: What a missing value does: "previous" reads the last value before it; no error is ever counted where
+            nothing was measured.
+        marks: Give the model the time of each step, if it reads them.
+        batch_size: Windows a step and device.
+        num_workers: Processes that cut windows.
+    """
+
+    tells: ClassVar[Mapping[str, str]] = {
+        key: source for key, source in SeriesData.tells.items() if key not in ("pred_len", "season")
+    }
+
+    def __init__(
+        self,
+        root: str = "eeg",
+        seq_len: int = 96,
+        columns: list[str] | None = None,
+        split: str = "auto",
+        missing: Literal["error", "previous"] = "previous",
+        marks: bool = True,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(root, seq_len, 0, columns, split, missing, None, marks, batch_size, num_workers)
+        if type(self) is WindowData:
+            self.save_hyperparameters(logger=False)
+
+    def starts(self, name: str, low: int, high: int) -> Tensor:
+        """First rows of the windows of a part, whose rows are from `low` to `high`."""
+        if name == "train":
+            return torch.arange(low, high - self.seq_len + 1)
+        return low + side_by_side(high - low, self.seq_len)
+
+
+class WatchedData(WindowData):
+    """The same, beside the true anomalies if the table has them: a column of 0 and 1.
+
+    Args:
+        root: See `SeriesData`, as for all that follow.
+        seq_len: Steps of a window.
+        columns: Which columns to take; None takes all but the labels.
+        label_column: Column that says which steps are anomalies, not shown to the model; None looks for one called
+            "label" or "anomaly".
+        split: Parts for training, validation and test.
+        missing: What a missing value does.
+        marks: Give the model the time of each step, if it reads them.
+        batch_size: Windows a step and device.
+        num_workers: Processes that cut windows.
+
+    Raises:
+        ValueError: labels other than 0 and 1.
+    """
+
+    def __init__(
+        self,
+        root: str = "eeg",
+        seq_len: int = 96,
+        columns: list[str] | None = None,
+        label_column: str | None = None,
+        split: str = "auto",
+        missing: Literal["error", "previous"] = "previous",
+        marks: bool = True,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(root, seq_len, columns, split, missing, marks, batch_size, num_workers)
+        self.save_hyperparameters(logger=False)
+        self.label_column = label_column
+        self.labels: np.ndarray | None = None
+
+    def load(self) -> Table:
+        """The columns asked for; the labels apart."""
+        columns, self.columns = self.columns, None
+        table, self.columns = super().load(), columns
+        kept, self.labels = without_labels(table, self.label_column)
+        return kept if columns is None else kept.columns(columns)
+
+    def parts(self) -> dict[str, Dataset]:
+        """Windows with their labels, NaN where there are none."""
+        parts: dict[str, Any] = super().parts()
+        rows = len(self._scaled["target"])
+        labels = np.full(rows, np.nan) if self.labels is None else self.labels
+        column = torch.from_numpy(labels.astype(np.float32))
+        return {name: _Labelled(windows, column) for name, windows in parts.items()}
+
+
+def without_labels(table: Table, label_column: str | None) -> tuple[Table, np.ndarray | None]:
+    """The table without its column of labels, and the labels.
+
+    Raises:
+        ValueError: no such column, or labels other than 0 and 1.
+    """
+    name = label_column or next((n for n in table.names if n.lower() in _LABEL_NAMES), None)
+    if name is None:
+        return table, None
+    labels = table.columns([name]).values[:, 0]
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"{table.source}: labels in column {name!r} must be 0 or 1, not {labels[:6].tolist()}")
+    return table.columns([n for n in table.names if n != name]), labels
+
+
+class _Labelled(Dataset):
+    """Windows, and the label of each of their steps."""
+
+    def __init__(self, windows: Windows, labels: Tensor):
+        self.windows, self.labels = windows, labels.unfold(0, windows.seq_len, 1)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(part[0] for part in self.__getitems__([index]))
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """A batch of `Windows`, and labels `(b, seq_len)`."""
+        batch = self.windows.__getitems__(indices)
+        return *batch, self.labels[batch[-1]]
+
+
+def side_by_side(rows: int, length: int) -> Tensor:
+    """First rows of windows that together cover all rows; the last one ends at the last row and may overlap."""
+    starts = torch.arange(0, rows - length + 1, length)
+    return starts if (rows - length) % length == 0 else torch.cat([starts, torch.tensor([rows - length])])
+
+
+def laid_together(rows: int, starts: Tensor, parts: Tensor) -> Tensor:
+    """What windows `(windows, length, ...)` say of each row `(rows, ...)`: their mean where they overlap, else NaN."""
+    index = (starts[:, None] + torch.arange(parts.shape[1])).flatten()
+    flat = parts.flatten(0, 1)
+    total = flat.new_zeros(rows, *flat.shape[1:]).index_add(0, index, flat)
+    count = flat.new_zeros(rows).index_add(0, index, torch.ones(len(index), dtype=flat.dtype))
+    return total / count.view(-1, *[1] * (flat.dim() - 1))
