@@ -6,7 +6,7 @@ Follows the arithmetic of LMD0311/PointMamba@80858e096e33 models/point_mamba_sca
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers.drop import DropPath, calculate_drop_path_rates
@@ -114,6 +114,8 @@ class PointMamba(PointBackbone):
             nn.init.normal_(self.order_gamma, 1.0, 0.02)
             nn.init.normal_(self.order_beta, 0.0, 0.02)
         scale_output_projections(self, depth)
+
+    after_encoder: ClassVar[tuple[str, ...]] = ("head.",)  # what pre-training does not train
 
     def default_scan(self) -> str:
         """The orders of the published model."""
@@ -309,7 +311,7 @@ def _pretraining(state: dict[str, Tensor], model: PointMambaPretraining) -> dict
 
 
 def load_encoder(model: PointMamba, path: str | os.PathLike[str]) -> None:
-    """Start a model from pre-training: everything but the head, which stays as it is.
+    """Start a model from pre-training: everything but what follows the encoder, which stays as it is.
 
     Args:
         model: Of the sizes of the encoder that was trained.
@@ -319,7 +321,7 @@ def load_encoder(model: PointMamba, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: there is no such file.
         ValueError: it is no such checkpoint, or its encoder does not fit; `model` is unchanged.
     """
-    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(model.after_encoder)}
     for weights in variants(unwrap(read_checkpoint(path))):
         inside = {
             name.removeprefix("MAE_encoder."): v for name, v in weights.items() if name.startswith("MAE_encoder.")

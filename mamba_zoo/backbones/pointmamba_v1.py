@@ -73,6 +73,8 @@ class PointMambaV1(PointMamba):
         )  # fmt: skip
         self.out_norm = LayerNorm(dim, device=device, dtype=dtype)
 
+    after_encoder = ("head.", "out_norm.", "propagate.", "shape_embed.")
+
     def default_scan(self) -> str:
         """The orders of the published model."""
         return SCAN

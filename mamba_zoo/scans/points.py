@@ -59,10 +59,11 @@ def given(xyz: Tensor) -> Tensor:
 
 
 @register_point_scan("random")
-def random(xyz: Tensor, seed: int = 0) -> Tensor:
-    """One shuffle for all clouds of so many points: the control that any order has to beat."""
-    shuffle = torch.randperm(xyz.shape[1], generator=torch.Generator().manual_seed(seed))
-    return shuffle.to(xyz.device).expand(xyz.shape[:2])
+def random(xyz: Tensor, seed: int = 0, k: int = 1) -> Tensor:
+    """`k` shuffles, the same for all clouds of so many points: the control that any order has to beat."""
+    b, n, _ = xyz.shape
+    draw = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(n, generator=draw) for _ in range(k)]).to(xyz.device).expand(b, -1, -1)
 
 
 @register_point_scan("sort_x")

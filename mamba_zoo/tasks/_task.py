@@ -101,6 +101,18 @@ class Task(LightningModule):
         return Metric(cls.score_name, cls.monitor_mode == "max", cls.percent)
 
     @classmethod
+    def scan_spec(cls, scan: Any) -> str:
+        """What stands for a scan order in tables and checkpoints; tasks whose orders are no scans of grids say how."""
+        from mamba_zoo.scans import as_spec
+
+        return as_spec(scan)
+
+    @classmethod
+    def scan_directions(cls, spec: str) -> int | None:
+        """Directions of an order, where `grid` is None but they are known all the same."""
+        return None
+
+    @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str]) -> Self:
         """The trained model of a run, in evaluation mode on the CPU; nothing is downloaded and no pickle is run.
 
@@ -228,4 +240,4 @@ class Task(LightningModule):
         self._ema[:] = [ModelEmaV3(self.net, decay=self.ema_decay or 0.999, use_warmup=True)]
 
 
-_NO_OTHER_WEIGHTS: dict[str, Any] = {"pretrained": False, "checkpoint_path": None}
+_NO_OTHER_WEIGHTS: dict[str, Any] = {"pretrained": False, "checkpoint_path": None, "init_encoder": None}

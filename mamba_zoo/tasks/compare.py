@@ -9,13 +9,16 @@ import operator
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._comparison import Comparison, Metric, analyse
 from ._run_store import RunStore, make_run
 from ._task_runs import Trainer, task_trainer
 from .environment import machine
 from .registry import DEFAULT, TASKS, TaskEntry, find_task
+
+if TYPE_CHECKING:
+    from ._task import Task
 
 CONTROLS = ("random", "none")
 
@@ -87,7 +90,7 @@ def orders(
     grid = grid or entry.model_class.grid
     if metric is None:
         metric = Metric() if train is not None else entry.model_class.metric()
-    names, specs = _specs(scans, controls, seeds, reference, match_directions, grid)
+    names, specs = _specs(scans, controls, seeds, reference, match_directions, grid, entry.model_class)
     controls = [c for c in controls if c in names]
     reference = reference or names[0]
     items = None if train is not None else _data(entry, data, model, data_options)
@@ -175,9 +178,10 @@ def _specs(
     reference: str | None,
     match_directions: bool,
     grid: tuple[int, ...] | None,
+    kind: type[Task],
 ) -> tuple[list[str], dict[tuple[str, int], tuple[str, int | None]]]:
     """Names in the table, and for each name and seed the spec to train and its number of directions."""
-    from mamba_zoo.scans import Scan, as_spec, build_scan
+    from mamba_zoo.scans import Scan, build_scan
 
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds} must name at least one seed, and each once")
@@ -190,7 +194,7 @@ def _specs(
                 f"scans holds a {type(scan).__name__}; give names, specs or Scan objects. A function has no name that "
                 "a continued comparison could trust: register it with mamba_zoo.scans.register_scan"
             )
-        names.append("none" if scan == "none" else as_spec(scan))
+        names.append("none" if scan == "none" else kind.scan_spec(scan))
     names += [c for c in controls if c not in names]
     names = list(dict.fromkeys(names))
     if len(names) < 2:
@@ -198,13 +202,14 @@ def _specs(
     if reference is not None and reference not in names:
         raise ValueError(f"reference={reference!r} is not among the orders {', '.join(names)}; add it to scans")
     specs: dict[tuple[str, int], tuple[str, int | None]] = {}
-    if grid is None:  # orders follow from the data; their directions are not known before
+    counted = {name: kind.scan_directions(name) for name in names if name not in CONTROLS} if grid is None else {}
+    if grid is None and (not counted or None in counted.values()):  # directions follow from the data
         for name, seed in itertools.product(names, seeds):
             specs[name, seed] = (f"random(seed={seed})" if name == "random" else name, None)
         return names, specs
-    counts = {name: build_scan(name, *grid).k for name in names if name not in CONTROLS}
+    counts = {name: counted.get(name) or build_scan(name, *(grid or ())).k for name in names if name not in CONTROLS}
     if not counts:
-        counts = {"": build_scan("random", *grid).k}
+        counts = {"": build_scan("random", *(grid or ())).k}
     base = counts.get(reference or names[0], next(iter(counts.values())))
     most = max(counts.values()) if match_directions else 0
     for name in names:

@@ -127,6 +127,18 @@ TASKS: dict[str, TaskEntry] = {
         ".video:VideoClassifier", ".video_data:VideoData", "name what happens in a clip",
         (("moving-digits", "video-digits"), (".*", "video-folder")),
     ),
+    "point-classification": TaskEntry(
+        ".points:PointClassifier", ".point_data:PointData", "name shapes given as points",
+        (("digits", "points_digits"), (".*", "points_folder")),
+    ),
+    "part-segmentation": TaskEntry(
+        ".points:PartSegmenter", ".point_data:PartData", "name the part of every point of a shape",
+        (("solids", "parts_solids"), (".*", "parts_folder")),
+    ),
+    "point-pretraining": TaskEntry(
+        ".points:PointPretrainer", ".point_data:UnlabelledData", "fill in patches of points, before classification",
+        (("digits", "pretraining_digits"), (".*", "pretraining_folder")),
+    ),
 }  # fmt: skip
 
 
