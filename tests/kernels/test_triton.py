@@ -18,6 +18,8 @@ import torch
 from .problems import INTERPRETED, assert_agrees, make_problem, random_order, solve
 from .test_causal_conv1d import check as check_convolution
 from .test_causal_conv1d import random_order as random_visits
+from .test_ssd import assert_agrees as assert_dual_agrees
+from .test_ssd import make_problem as make_dual
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -51,6 +53,23 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "one tap": {"w": 1, "activation": None, "b": 1},
     "seven taps, no state": {"w": 7, "l": 5, "activation": "silu", "use_bias": False, "use_state": False},
 }
+DUALS: dict[str, dict[str, Any]] = {
+    "chunks in segments, with state": {"b": 1, "l": 70, "k": 2, "h": 2, "g": 1, "state": True, "chunk_size": 16},
+    "chunks in turn": {"b": 1, "l": 36, "k": 1, "h": 4, "g": 2, "p": 3, "n": 3, "chunk_size": 16},
+    "decays of tokens, float16": {
+        "b": 1, "l": 35, "k": 1, "h": 2, "g": 1, "decay": True, "x_per_direction": True, "dtype": torch.float16,
+        "chunk_size": 16, "state": True,
+    },
+    "packed": {"b": 1, "k": 2, "h": 2, "sequences": (0, 3, 0, 20), "state": True, "chunk_size": 16},
+    "empty steps, bfloat16, strided": {
+        "b": 1, "l": 20, "k": 2, "h": 1, "g": 1, "order": "empty", "dtype": torch.bfloat16, "strided": True,
+    },
+    "order per sample, nothing optional": {
+        "l": 9, "h": 1, "g": 1, "order": "per sample", "bias": False, "skip": None, "softplus": False,
+        "out_dtype": torch.float32, "dtype": torch.float16,
+    },
+    "blocks of channels": {"b": 1, "l": 20, "k": 1, "h": 2, "g": 1, "p": 70, "n": 20, "skip": "channel"},
+}  # fmt: skip
 
 if INTERPRETED:
 
@@ -70,6 +89,19 @@ if INTERPRETED:
         order = random_visits(k, l, l if m is None else m, b=2 if per_sample else None)
         check_convolution(torch.device("cpu"), case.pop("dtype", torch.float32), order, case.pop("activation"), **case)
 
+    @pytest.mark.parametrize("name", DUALS)
+    def test_dual(name, monkeypatch):
+        from mamba_zoo.kernels._triton import ssd
+
+        case = dict(DUALS[name])
+        if name == "chunks in turn":  # as if the heads alone filled the device
+            monkeypatch.setattr(ssd, "_PROGRAMS", 4)
+        if case.get("order") == "empty":
+            case["order"] = random_order(2, 20, m=15, empty=3)
+        if case.get("order") == "per sample":
+            case["order"] = random_order(2, 9, b=2)
+        assert_dual_agrees(make_dual(**case), "triton")
+
     def test_deterministic():
         problem = make_problem(b=1, l=6, k=1, d=40, n=2)
         torch.use_deterministic_algorithms(True)
@@ -82,10 +114,11 @@ if INTERPRETED:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
     def test_offsets_of_64_bits(monkeypatch):
-        from mamba_zoo.kernels._triton import causal_conv1d, selective_scan
+        from mamba_zoo.kernels._triton import causal_conv1d, selective_scan, ssd
 
-        for module in (causal_conv1d, selective_scan):
+        for module in (causal_conv1d, selective_scan, ssd):
             monkeypatch.setattr(module, "needs_wide_offsets", lambda *tensors: True)
+        assert_dual_agrees(make_dual(b=1, l=9, k=1, h=1, g=1, decay=True), "triton")
         assert_agrees(make_problem(b=1, l=5, k=1, d=3, n=2), "triton")
         check_convolution(torch.device("cpu"), torch.float32, None, "silu", l=3, b=1)
 
@@ -109,10 +142,10 @@ else:
             text=True,
         )
         assert run.returncode == 0, run.stdout[-3000:]
-        assert f"{len(SCANS) + len(CONVOLUTIONS) + 3} passed" in run.stdout, run.stdout[-500:]
+        assert f"{len(SCANS) + len(CONVOLUTIONS) + len(DUALS) + 3} passed" in run.stdout, run.stdout[-500:]
 
     def stack_bytes(
-        kernel: Any, constants: dict[str, Any], arch: int, warps: int = 1, absent: tuple[str, ...] = ()
+        kernel: Any, constants: dict[str, Any], arch: int, warps: int = 1, absent: tuple[str, ...] = (), **options: int
     ) -> int:
         """Compile for `arch` with bfloat16 tokens; return the bytes that every lane keeps in local memory."""
         import re
@@ -124,7 +157,8 @@ else:
         from triton.compiler import ASTSource
 
         tokens = {"u", "dt", "B", "C", "z", "y", "dy", "du", "ddt", "dz", "x", "g", "dx"}
-        tables = {"order", "offsets", "row_of"}
+        tokens |= {"values", "maps", "states", "ahead", "grad_of_maps"}
+        tables = {"order", "offsets", "row_of", "first_chunk"}
         constants = {**constants, **dict.fromkeys(absent)}
         types = {}
         for parameter in kernel.params:
@@ -138,7 +172,7 @@ else:
         place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
         aligned = {place[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")}
         source = ASTSource(kernel, types, {place[name]: value for name, value in constants.items()}, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, **options})
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
@@ -177,3 +211,28 @@ else:
             (kernels.conv_backward_state, state, packed),
         ):
             assert stack_bytes(kernel, constants, 90, 4, absent) == 0, kernel
+
+    @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+    def test_dual_spills_little(packed):
+        """With 128 states and 64 channels a head, of bfloat16 tokens; see the table in `_triton/ssd.py`."""
+        import triton.language as tl
+
+        from mamba_zoo.kernels._triton import _ssd_backward as backward
+        from mamba_zoo.kernels._triton import _ssd_forward as forward
+        from mamba_zoo.kernels._triton import ssd as host
+
+        common = {"SOFTPLUS": True, "N": 128, "NP": 128, "P": 64, "Q": 64, "V": 8, "VN": 8, "WIDE": packed}
+        common |= {"DTYPE": tl.bfloat16, "PRECISION": "tf32x3"}
+        plain = () if packed else ("first_chunk", "decay", "ddecay", "initial", "final", "ends", "totals")
+        for name, kernel, more, limit in (
+            ("forward", forward.ssd_forward, {}, 320),
+            ("states", forward.ssd_states, {"REVERSE": True}, 0),
+            ("heads", backward.ssd_backward_heads, {}, 64),
+            ("maps", backward.ssd_backward_maps, {"REVERSE": False}, 192),
+            ("maps", backward.ssd_backward_maps, {"REVERSE": True}, 192),
+        ):
+            shape, channels = host.launch_shape(name, 128, 64, torch.bfloat16)
+            absent = tuple(p.name for p in kernel.params if p.name in plain)
+            constants = {**common, "PB": channels, **more}
+            options = {key: value for key, value in shape.options().items() if key != "num_warps"}
+            assert stack_bytes(kernel, constants, 90, shape.warps, absent, **options) <= limit, (name, more)
