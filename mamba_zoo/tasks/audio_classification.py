@@ -240,7 +240,7 @@ class AudioClassifier(Classifier):
 class AudioTagger(AudioClassifier):
     """A model with its front end: waveforms in, any number of classes out, each with its own probability.
 
-    Arguments are those of `AudioClassifier`. The score is the mean average precision over the classes (mAP).
+    Arguments are those of `AudioClassifier`; `label_smoothing` moves 0 and 1 by half of it. The score is the mean average precision over the classes (mAP).
     """
 
     monitor = "val/map"
@@ -271,6 +271,7 @@ class AudioTagger(AudioClassifier):
         mask_bands: int = 0,
         mask_frames: int = 0,
         mixup: float = 0.0,
+        label_smoothing: float = 0.0,
         opt: str = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.05,
@@ -286,7 +287,8 @@ class AudioTagger(AudioClassifier):
 
         super().__init__(
             name, scan, num_classes, front_end, class_names, options, pretrained, checkpoint_path, drop_rate,
-            drop_path_rate, level, speed, noise, vocal_tract, channel, shift, mask_bands, mask_frames, mixup, 0.0, opt,
+            drop_path_rate, level, speed, noise, vocal_tract, channel, shift, mask_bands, mask_frames, mixup,
+            label_smoothing, opt,
             lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze,
         )  # fmt: skip
         self.save_hyperparameters()
@@ -297,12 +299,13 @@ class AudioTagger(AudioClassifier):
             )
             for split in ("val", "test")
         )
+        self.smoothing = label_smoothing
         self.confusion = nn.Identity()  # tags do not exclude each other
         self._scored: list[tuple[Tensor, Tensor]] = []
 
     def soft_targets(self, batch: Any) -> Tensor:
         """Targets as probabilities `(b, num_classes)`."""
-        return self.targets(batch).float()
+        return self.targets(batch).float() * (1 - self.smoothing) + self.smoothing / 2
 
     def criterion(self, scores: Tensor, target: Tensor) -> Tensor:
         """Binary cross-entropy of each class."""
