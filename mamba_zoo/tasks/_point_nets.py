@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import mamba_zoo
 
+from ..backbones._identify import blueprint
 from ..backbones._points import furthest_points, nearest_points, take_points
 
 BASELINES = ("dgcnn", "pointnet2")
@@ -43,13 +44,13 @@ def build_point_net(
         return kind(num_classes, num_shapes, **more)
     if scan is not None:
         more["scan"] = scan
+    kind: Any = type(blueprint(name)) if name in mamba_zoo.list_models(modality="points") else nn.Module
+    if (num_shapes is not None) != ("num_shapes" in inspect.signature(kind).parameters):
+        wanted = "parts of shapes, such as pointmamba_mini_parts" if num_shapes is not None else "whole shapes"
+        raise ValueError(f"{name} is no model for {wanted}; see mamba_zoo.list_models(modality='points')")
     if num_shapes is not None:
         more["num_shapes"] = num_shapes
-    net = mamba_zoo.create_model(name, num_classes=num_classes, **more)
-    if (num_shapes is not None) != hasattr(net, "num_shapes"):
-        wanted = "parts of shapes, such as pointmamba_mini_parts" if num_shapes is not None else "shapes"
-        raise ValueError(f"{name} is no model for {wanted}; see mamba_zoo.list_models(modality='points')")
-    return net
+    return mamba_zoo.create_model(name, num_classes=num_classes, **more)
 
 
 class _Baseline(nn.Module):

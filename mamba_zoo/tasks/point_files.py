@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 ARRAYS = (".npy", ".npz", ".txt", ".xyz", ".pts")
-MESHES = (".off", ".obj", ".stl", ".ply", ".gltf", ".glb")
+MESHES = (".off", ".obj", ".stl", ".ply")
 CLOUDS = (".pcd", ".ply")
 LIDAR = (".las", ".laz")
 ENDINGS = tuple(dict.fromkeys((*ARRAYS, *MESHES, *CLOUDS, *LIDAR)))
@@ -51,7 +51,7 @@ def read_cloud(path: str | Path, count: int = 2048, seed: int = 0) -> Cloud:
     """The points of a file; of a mesh, `count` points of its surface, as many on equal areas.
 
     Args:
-        path: A mesh (`.off`, `.obj`, `.stl`, `.ply`, `.gltf`), a cloud (`.pcd`, `.ply`, `.las`, `.laz`), or numbers
+        path: A mesh (`.off`, `.obj`, `.stl`, `.ply`), a cloud (`.pcd`, `.ply`, `.las`, `.laz`), or numbers
             (`.npy`, `.txt`, `.xyz`, `.pts`: a row a point, coordinates first, then normals if there are six columns;
             `.npz`: arrays "points", and "normals" and "labels" if there are any).
         count: Points on a mesh; clouds keep theirs.
@@ -192,13 +192,16 @@ def _read_las(path: Path) -> Cloud:
 
 def _read_open3d(path: Path, count: int, seed: int) -> Cloud:
     o3d = _open3d(path)
-    if path.suffix.lower() in MESHES:
-        mesh = o3d.io.read_triangle_mesh(str(path))
-        if len(mesh.triangles):
-            o3d.utility.random.seed(seed)
-            mesh.compute_triangle_normals()
-            return _cloud(mesh.sample_points_uniformly(count, use_triangle_normal=True))
-    found = o3d.io.read_point_cloud(str(path)) if path.suffix.lower() in CLOUDS else None
+    with o3d.utility.VerbosityContextManager(
+        o3d.utility.VerbosityLevel.Error
+    ):  # what it warns of ends in an error here
+        if path.suffix.lower() in MESHES:
+            mesh = o3d.io.read_triangle_mesh(str(path))
+            if len(mesh.triangles):
+                o3d.utility.random.seed(seed)
+                mesh.compute_triangle_normals()
+                return _cloud(mesh.sample_points_uniformly(count, use_triangle_normal=True))
+        found = o3d.io.read_point_cloud(str(path)) if path.suffix.lower() in CLOUDS else None
     if found is None or not len(found.points):
         raise BadCloudError(f"{path} cannot be read by Open3D, or holds neither triangles nor points")
     return _cloud(found)
