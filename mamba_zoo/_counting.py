@@ -103,13 +103,19 @@ def count_operations(model: nn.Module, *inputs: Tensor) -> Operations:
 
 
 def default_input(model: Any) -> Tensor | None:
-    """What one pass of `model` takes at its published size, `(1, ...)` on its device; None if it has no such size."""
+    """Random input for one pass of `model` at its published size, `(1, ...)` on its device.
+
+    The size is that of the published configuration, or what `model.input_shape()` gives by itself; None without either.
+    """
     size = published_cfg(model).input_size
-    if size is None:
+    if hasattr(model, "input_shape"):
+        shape = model.input_shape(*(size or ())[-2:])
+    elif size is not None:
+        shape = tuple(size)
+    else:
         return None
-    shape = model.input_shape(*size[-2:]) if hasattr(model, "input_shape") else tuple(size)
     parameter = next(model.parameters())
-    return torch.empty(1, *shape, device=parameter.device, dtype=parameter.dtype)
+    return torch.randn(1, *shape, device=parameter.device, dtype=parameter.dtype)
 
 
 def _is_scan(op: str) -> bool:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import timm
+import torch
 from timm.models import split_model_name_tag
 from torch import nn
 
@@ -188,11 +189,19 @@ def model_card(name: str, count: bool = False) -> ModelCard:
 def _count(name: str) -> Mapping[str, Any]:
     from ._counting import CONVENTIONS, count_operations, default_input
 
-    model: Any = timm.create_model(name, device="meta").eval()
+    # The orders of points follow from where the points are, so these models run on random ones.
+    device = "cpu" if card(name).modality == "points" else "meta"
+    with torch.random.fork_rng(devices=[]):
+        model: Any = timm.create_model(name, device=device).eval()
+        x = default_input(model)
     counted: dict[str, Any] = {"counted_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    x = default_input(model)
     if x is not None:
-        operations, convention = count_operations(model, x), card(name).convention if card(name).gflops else None
+        convention = card(name).convention if card(name).gflops else None
+        model.requires_grad_(False)  # torch's tracker of modules cannot be given a parameter that needs gradients
+        try:
+            operations = count_operations(model, x)
+        except ValueError:  # it needs more than this one input, such as labels of shapes
+            return MappingProxyType(counted)
         counted |= {"counted_gmacs": operations.multiply_adds / 1e9, "input_size": tuple(x.shape[1:])}
         if convention is not None:
             counted["counted_as_published"] = CONVENTIONS[convention].total(operations) / 1e9

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = "magma"
-DECADES = 4  # that the colours of a receptive field span
+# In untrained models scans bring 1e-5 of what convolutions do.
+DECADES = 6  # that the colours of a receptive field span
 
 
 def plot_receptive_fields(
@@ -27,7 +28,7 @@ def plot_receptive_fields(
     title: str = "",
     dpi: int = 100,
 ) -> Figure:
-    """Draw receptive fields side by side, each relative to its largest entry, in logarithmic colours of four decades.
+    """Draw receptive fields side by side, each relative to its largest entry, in logarithmic colours of six decades.
 
     Under each stands which part of the image a centred square must have to hold half and 99 % of it.
 
