@@ -211,11 +211,13 @@ class GraphData(GraphSource):
 
         everything: Any = np.arange(len(self.graphs))
         classes = self.labels[:, 0] if self.labels.dtype.kind == "i" else None
+        if classes is not None and np.bincount(classes).min() < 20:
+            classes = None  # too few of some class to have it in every part
         if self.folds is not None:
             given: Any = self._given_fold()
             if given is None:
                 cut = StratifiedKFold(self.folds, shuffle=True, random_state=self.split_seed)
-                strata = np.zeros(len(everything)) if classes is None else classes
+                strata = np.zeros(len(everything), dtype=int) if classes is None else classes
                 given = list(cut.split(everything, strata))[self.fold][1]
         else:
             given = train_test_split(everything, test_size=0.1, random_state=self.split_seed, stratify=classes)[1]

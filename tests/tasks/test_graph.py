@@ -1,0 +1,218 @@
+"""Graph tasks: data of every kind, training of every level, predictions, and comparisons of orders."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mamba_zoo
+from mamba_zoo.__main__ import main
+from mamba_zoo.scans.graph import order_key
+from mamba_zoo.tasks import train_once
+from mamba_zoo.tasks._graph_files import read_folder, read_graphs
+from mamba_zoo.tasks._graph_nets import BASELINES, build_graph_model
+from mamba_zoo.tasks.graph import GraphClassifier
+from mamba_zoo.tasks.graph_data import EdgeData, GraphData, NodeData, TargetData, normalized
+from mamba_zoo.tasks.registry import load_task
+
+SHARED = Path(os.environ.get("MAMBA_ZOO_DATA", "data")) / "graph"
+
+
+@pytest.fixture(scope="module")
+def digits() -> GraphData:
+    """A few of the digits, so that an epoch takes a moment."""
+    data = GraphData(batch_size=16)
+    data.graphs[:] = data.graphs[::30]
+    return data
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two graphs with labels and splits, in tables."""
+    (tmp_path / "nodes.csv").write_text("graph,weight,charge\n0,1,0.5\n0,2,0\n1,3,1\n1,4,0\n1,5,1\n")
+    (tmp_path / "edges.csv").write_text("graph,source,target,length\n0,0,1,2.5\n0,1,0,2.5\n1,2,0,1\n")
+    (tmp_path / "graphs.csv").write_text("label,split\n1,train\n0,test\n")
+    return tmp_path
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_folders_are_read_as_they_are_written(folder):
+    one, two = read_folder(folder)
+    assert one.x.tolist() == [[1, 0.5], [2, 0]]
+    assert one.edge_index.tolist() == [[0, 1], [1, 0]]
+    assert one.edge_attr.tolist() == [[2.5], [2.5]]
+    assert (one.y.item(), one.split_name, two.y.item(), two.split_name) == (1, "train", 0, "test")
+    assert two.edge_index.tolist() == [[2], [0]]
+    with pytest.raises(ValueError, match="no val graphs"):
+        GraphData(str(folder)).setup()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "match"),
+    [
+        ("edges.csv", "graph,source,target\n0,0,2\n", "has no node 2"),
+        ("edges.csv", "graph,source,target\n4,0,1\n", "names graph 4"),
+        ("edges.csv", "graph,source,target\n0,a,1\n", "whole numbers"),
+        ("nodes.csv", "", "is empty"),
+    ],
+)
+def test_tables_that_make_no_graph_are_refused(folder, file, text, match):
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=match):
+        read_folder(folder)
+
+
+def test_sources_that_do_not_exist_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="planetoid:Cora"):
+        read_graphs("nowhere", "data")
+    with pytest.raises(FileNotFoundError, match=r"nodes\.csv"):
+        read_graphs(str(tmp_path), "data")
+    with pytest.raises(ValueError, match="fold=3"):
+        GraphData(folds=3, fold=3)
+
+
+def test_digits_are_graphs_of_their_ink():
+    data = read_graphs("digits", "data")
+    assert len(data) == 1797
+    x, (source, target) = data[0].x, data[0].edge_index
+    assert bool((x[:, 0] > 0).all())
+    step = ((x[source] - x[target]) * 7)[:, 1:].abs()
+    assert bool((step.amax(1).round() == 1).all())
+
+
+def test_folds_share_the_graphs_out_and_keep_the_classes():
+    tested, data = [], GraphData(folds=4)
+    for data.fold in range(4):
+        where = data._drawn()
+        assert sorted(np.concatenate(list(where.values())).tolist()) == list(range(1797))
+        assert np.bincount(data.labels[where["test"], 0]).min() >= 43
+        tested += where["test"].tolist()
+    assert sorted(tested) == list(range(1797))
+    data.validate_on_test = True
+    assert data._drawn()["val"].tolist() == data._drawn()["test"].tolist()
+
+
+def test_nodes_of_karate_keep_their_published_training_nodes():
+    data = NodeData()
+    parts = {part: data.split(part)[0][1] for part in ("train", "val", "test")}
+    graph = data.graph
+    assert parts["train"].tolist() == graph.train_mask.nonzero()[:, 0].tolist()
+    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(34))
+    assert len(data.split("train")) == 10
+
+
+def test_hidden_edges_stay_hidden():
+    data = EdgeData(val_fraction=0.1)
+    shown = {tuple(pair) for pair in data.split("test")[0][0].edge_index.T.tolist()}
+    asked, labels = data.split("test")[0][0].edge_label_index, data.split("test")[0][1]
+    assert all(tuple(pair) not in shown for pair in asked.T[labels == 1].tolist())
+    training = data.split("train")
+    first, second = training[0][0].edge_label_index, training[1][0].edge_label_index
+    count = training.joined.shape[1]
+    assert torch.equal(first[:, :count], second[:, :count])
+    assert not torch.equal(first[:, count:], second[:, count:])
+
+
+def test_rows_of_zeros_stay():
+    assert normalized(torch.tensor([[1.0, 3.0], [0.0, 0.0]])).tolist() == [[0.25, 0.75], [0.0, 0.0]]
+
+
+def test_orders_are_prepared_once_for_the_models_scan(digits, tmp_path):
+    result = train_once(
+        "graph_mamba", digits, tmp_path, "rcm", max_epochs=2,
+        model={"options": {"dim": 16, "depth": 1, "local": "gin"}, "lr": 0.01}, task="graph-classification",
+    )  # fmt: skip
+    assert all(order_key("rcm") in data for data in digits.all_graphs())
+    assert 0 <= result["accuracy"] <= 1
+    assert result["curve"][1]["train/loss"] < result["curve"][0]["train/loss"]
+    assert len(np.load(tmp_path / "test_items.npy")) == len(digits.split("test"))
+
+
+def test_the_command_line_trains_tests_and_predicts_nodes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fit = ["fit", "--task", "node-classification", "--trainer.max_epochs", "2", "--out", "run"]
+    assert main([*fit, "--trainer.accelerator", "cpu", "--model.scan", "both_ways(bfs)"]) == 0
+    assert main(["test", "--checkpoint", "run", "--device", "cpu"]) == 0
+    assert main(["predict", "--checkpoint", "run", "--data", "karate", "--device", "cpu", "--out", "p.csv"]) == 0
+    assert "34 nodes" in capsys.readouterr().out
+    found = rows(tmp_path / "p.csv")
+    assert len(found) == 34
+    assert set(found[0]) >= {"predicted", "probability"}
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_run_at_every_level(baseline):
+    data = NodeData()
+    for level, shape in (("graph", (1, 3)), ("node", (34, 3))):
+        told = {key: getattr(data, key) for key in ("in_chans", "edge_chans", "encoder", "edges", "pe", "pe_steps")}
+        net = build_graph_model(baseline, None, level, 3, told, {"dim": 8, "depth": 2})
+        assert net(data.graph).shape == shape
+    with pytest.raises(ValueError, match="no order"):
+        build_graph_model(baseline, "degree", "graph", 3, {}, {})
+    with pytest.raises(TypeError, match="expand"):
+        build_graph_model(baseline, None, "graph", 3, {}, {"expand": 2})
+
+
+def test_pairs_are_learnt(tmp_path):
+    result = train_once(
+        "gcn", EdgeData(val_fraction=0.1), tmp_path, max_epochs=2, model={"options": {"dim": 16, "depth": 2}},
+        task="edge-classification",
+    )  # fmt: skip
+    assert {"accuracy", "curve"} <= set(result)
+    assert 0 <= result["test"]["auc"] <= 1
+
+
+def test_targets_are_learnt_in_their_own_units(tmp_path):
+    data = TargetData(batch_size=32)
+    data.graphs[:] = data.graphs[::20]
+    result = train_once(
+        "graph_mamba", data, tmp_path, max_epochs=3, model={"options": {"dim": 16, "depth": 1}, "lr": 0.01},
+        task="graph-regression",
+    )  # fmt: skip
+    found = np.load(tmp_path / "test_predictions.npz")
+    error = np.sqrt(np.square(found["target"] - found["predicted"]).mean())
+    assert result["rmse"] == pytest.approx(error, rel=1e-4)
+    assert abs(found["predicted"].mean() - 4.5) < 3
+    trained = load_task(tmp_path / "best.ckpt")
+    assert trained.hparams["center"] == pytest.approx(data.center)
+
+
+def test_a_checkpoint_alone_predicts_graphs_of_a_folder(folder, tmp_path, digits, capsys):
+    train_once("gin", digits, tmp_path / "run", max_epochs=1, model={"options": {"dim": 8, "depth": 1}},
+               task="graph-classification")  # fmt: skip
+    trained = load_task(tmp_path / "run" / "best.ckpt")
+    assert isinstance(trained, GraphClassifier)
+    out = tmp_path / "p.csv"
+    assert main(["predict", "--checkpoint", str(tmp_path / "run"), "--data", str(folder), "--out", str(out)]) != 0
+    assert "has 2 node features, but the model was trained with 3" in capsys.readouterr().err
+    (folder / "nodes.csv").write_text("graph,a,b,c\n0,1,0.5,0\n0,2,0,1\n1,3,1,1\n")
+    (folder / "edges.csv").write_text("graph,source,target\n0,0,1\n0,1,0\n")
+    assert main(["predict", "--checkpoint", str(tmp_path / "run"), "--data", str(folder), "--out", str(out)]) == 0
+    assert len(rows(out)) == 2
+
+
+def test_orders_are_compared_on_graphs(tmp_path):
+    comparison = mamba_zoo.compare.orders(
+        scans=["degree", "both_ways(rcm)"], seeds=1, epochs=1, out=tmp_path, controls=["none"], progress=False,
+        task="node-classification", model_options={"options": {"dim": 8, "depth": 1, "local": "gcn"}},
+        data_options={"steps_per_epoch": 2}, trainer_options={"accelerator": "cpu"},
+    )  # fmt: skip
+    assert {run.scan for run in comparison.runs} == {"degree", "both_ways(rcm)", "none"}
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no Cora and MUTAG at $MAMBA_ZOO_DATA/graph")
+def test_published_splits_and_folds():
+    cora = NodeData("planetoid:Cora", download_dir=str(SHARED / "planetoid"))
+    assert [len(cora.split(part)[0][1]) for part in ("train", "val", "test")] == [140, 500, 1000]
+    mutag = GraphData("tu:MUTAG", folds=10, fold=3, download_dir=str(SHARED / "tudataset"))
+    given = np.loadtxt(SHARED / "tudataset/MUTAG/gin_10fold/test_idx-4.txt", dtype=int)
+    assert mutag._drawn()["test"].tolist() == sorted(given.tolist())
+    assert len(mutag.graphs) == 188
