@@ -245,7 +245,7 @@ def _digits() -> tuple[Labelled, Labelled]:
 def padded(
     series: Sequence[np.ndarray], steps: int, mean: Sequence[float], deviation: Sequence[float], scale: str
 ) -> tuple[Tensor, Tensor]:
-    """Series `(l, channels)` as one tensor `(items, steps, channels)`, scaled, and their lengths; longer ones are cut."""
+    """Series `(l, channels)`, scaled, as one tensor `(items, steps, channels)`, and lengths; longer ones are cut."""
     lengths = torch.tensor([min(len(one), steps) for one in series])
     whole = torch.zeros(len(series), steps, len(mean))
     for i, one in enumerate(series):
