@@ -141,7 +141,7 @@ class MapConv(nn.Module):
                 before = frames.state.get(self.name, before)
             x = torch.cat([before, x], dim=1)
             if frames.state is not None:
-                frames.state[self.name] = x[:, -self.past :]
+                frames.state[self.name] = x[:, -self.past :].clone()  # a view would keep all of x
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 

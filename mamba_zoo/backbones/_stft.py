@@ -145,7 +145,7 @@ class SpectrumStream:
         if steps < 1:
             state["input"] = signal
             return None
-        state["input"] = signal[:, steps * s.hop :]
+        state["input"] = signal[:, steps * s.hop :].clone()  # a view would keep all of the signal
         return s.transform(signal[:, : s.n_fft + (steps - 1) * s.hop])
 
     def give(self, state: dict[str, Tensor], frames: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class SpectrumStream:
         total[:, : state["total"].shape[1]] += state["total"]
         weight[:, : state["weight"].shape[1]] += state["weight"]
         final = frames.shape[1] * s.hop
-        state["total"], state["weight"] = total[:, final:], weight[:, final:]
+        state["total"], state["weight"] = total[:, final:].clone(), weight[:, final:].clone()
         return self._emit(state, total[:, :final], weight[:, :final])
 
     def rest(self, state: dict[str, Tensor]) -> Tensor:
