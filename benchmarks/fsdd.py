@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import statistics
@@ -47,16 +48,16 @@ class Run:
 
 
 def main() -> int:
-    """Run all that is missing, or one run."""
+    """Do what is missing, side by side if asked."""
     args = _arguments()
-    if args.one:
-        model, split, seed = args.one
-        train(Run(model, split, int(seed)), args)
+    if args.only:
+        _in_turn([Run(*_parts(name)) for name in args.only], args)
         return 0
-    runs = [Run(m, s, seed) for seed in args.seeds for m in args.models for s in args.splits]
+    runs = [Run(model, split, seed) for model in args.models for seed in args.seeds for split in args.splits]
     left = [run for run in runs if not (args.runs / run.name / "metrics.json").exists()]
     sys.stdout.write(f"{len(runs)} runs, {len(left)} to do, {args.jobs} at a time\n")
-    failed = _all(left, args) if args.jobs > 1 else _in_turn(left, args)
+    sys.stdout.flush()
+    failed = _side_by_side(left, args) if args.jobs > 1 else _in_turn(left, args)
     write_tables(args)
     return 1 if failed else 0
 
@@ -139,44 +140,46 @@ def write_tables(args: argparse.Namespace) -> None:
 
 
 def _in_turn(runs: list[Run], args: argparse.Namespace) -> int:
+    """Train one after another, as far as the time reaches."""
     started = time.monotonic()
     for run in runs:
         if args.minutes and time.monotonic() - started > args.minutes * 60:
-            sys.stdout.write("out of time; run again to go on\n")
             break
         train(run, args)
-        write_tables(args)
+        if not args.only:
+            write_tables(args)
     return 0
 
 
-def _all(runs: list[Run], args: argparse.Namespace) -> int:
-    """Train side by side, one process a run; returns how many failed."""
-    started, waiting, failed = time.monotonic(), list(runs), 0
-    active: dict[Run, subprocess.Popen] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def _side_by_side(runs: list[Run], args: argparse.Namespace) -> int:
+    """Share the runs among processes; returns how many of these failed. What was cut off goes on the next time."""
     flags = ["--root", str(args.root), "--runs", str(args.runs)]
     flags += ["--epochs", str(args.epochs)] if args.epochs else []
     flags += ["--precision", args.precision] if args.precision else []
-    while waiting or active:
-        over = bool(args.minutes) and time.monotonic() - started > args.minutes * 60
-        if over:
-            sys.stdout.write("out of time; run again to go on\n")
-            for process in active.values():
-                process.terminate()
-            for process in active.values():
-                process.wait()
-            break
-        while waiting and len(active) < args.jobs:
-            run = waiting.pop(0)
-            command = [sys.executable, "-m", "benchmarks.fsdd", *flags, "--one", run.model, run.split, str(run.seed)]
-            active[run] = subprocess.Popen(command, env=environment)
-        for run, process in list(active.items()):
-            if process.poll() is not None:
-                failed += process.returncode != 0
-                del active[run]
-                write_tables(args)
-        time.sleep(0.2)
-    return failed
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.fsdd", *flags, "--only", *(run.name for run in share)], env=environment
+        )
+        for i in range(args.jobs)
+        if (share := runs[i :: args.jobs])
+    ]
+    until = time.monotonic() + (args.minutes or math.inf) * 60
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < until:
+        time.sleep(1)
+    late = [worker for worker in workers if worker.poll() is None]
+    for worker in late:
+        worker.terminate()
+    for worker in late:
+        worker.wait()
+    if late:
+        sys.stdout.write("out of time; the same command goes on where this ended\n")
+    return sum(worker.returncode != 0 for worker in workers if worker not in late)
+
+
+def _parts(name: str) -> tuple[str, str, int]:
+    model, split, seed = name.rsplit("-", 2)
+    return model, split, int(seed)
 
 
 def _recipe() -> dict[str, Any]:
@@ -210,10 +213,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--precision", help="as for Lightning's Trainer, such as bf16-mixed (default: float32)")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
-    parser.add_argument("--minutes", type=float, help="start nothing, and stop what runs, after so long")
+    parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--runs", type=Path, default=Path("runs/fsdd"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the tables")
-    parser.add_argument("--one", nargs=3, metavar=("MODEL", "SPLIT", "SEED"), help="train this one and write no table")
+    parser.add_argument("--only", nargs="+", metavar="MODEL-SPLIT-SEED", help="train these and write no table")
     return parser.parse_args()
 
 

@@ -184,7 +184,7 @@ def test_directions_share_all_but_their_decay():
 @pytest.mark.parametrize("name", ["aum_mini", "ssamba_tiny"])
 def test_waveforms_go_through_the_front_end(name):
     front = {"sample_rate": 8000, "mel_bins": 32, "frames": 48, "mean": -6.0, "std": 3.0}
-    options = {"mel_bins": 32, "frames": 48, "num_classes": 5, "dim": 24, "depth": 2}
+    options: dict[str, Any] = {"mel_bins": 32, "frames": 48, "num_classes": 5, "dim": 24, "depth": 2}
     options |= {"patch_size": (16, 8)} if name == "aum_mini" else {"patch_size": 8, "stride": 6}
     torch.manual_seed(0)
     model: Any = mamba_zoo.create_model(name, front_end=front, **options).eval()
@@ -235,7 +235,7 @@ def test_inputs_that_cannot_work():
 
 
 def test_imagenet_weights_of_vim_are_converted(tmp_path):
-    options = {"dim": 24, "depth": 2, "d_state": 4}
+    options: dict[str, Any] = {"dim": 24, "depth": 2, "d_state": 4}
     vim: Any = mamba_zoo.create_model("vim_tiny", **options)
     path = tmp_path / "vim.pth"
     torch.save({"model": vim.state_dict()}, path)
@@ -247,7 +247,7 @@ def test_imagenet_weights_of_vim_are_converted(tmp_path):
 
 
 def test_a_pretrained_file_becomes_a_classifier(tmp_path):
-    options = {"dim": 24, "depth": 4, "d_state": 4}
+    options: dict[str, Any] = {"dim": 24, "depth": 4, "d_state": 4}
     masked: Any = mamba_zoo.create_model("ssamba_tiny_pretrain", **options)
     path = tmp_path / "ssamba.pth"
     torch.save(masked.state_dict(), path)
@@ -270,7 +270,7 @@ def test_weights_for_other_lengths_and_patches_are_resized(tmp_path):
 
 def test_masked_patches_are_learnt():
     torch.manual_seed(0)
-    options = {"dim": 24, "depth": 2, "mel_bins": 32, "frames": 64, "patch_size": 8, "d_state": 4}
+    options: dict[str, Any] = {"dim": 24, "depth": 2, "mel_bins": 32, "frames": 64, "patch_size": 8, "d_state": 4}
     model: Any = mamba_zoo.create_model("ssamba_tiny_pretrain", **options)
     x = torch.randn(4, 1, 32) + torch.sin(torch.arange(64.0) / 3)[None, :, None]
     masked = model.random_masks(4, 12, torch.Generator().manual_seed(0))
@@ -291,7 +291,7 @@ def test_masked_patches_are_learnt():
 
 
 def test_masked_patches_are_hidden():
-    options = {"dim": 24, "depth": 2, "mel_bins": 32, "frames": 64, "patch_size": 8, "d_state": 4}
+    options: dict[str, Any] = {"dim": 24, "depth": 2, "mel_bins": 32, "frames": 64, "patch_size": 8, "d_state": 4}
     model: Any = mamba_zoo.create_model("ssamba_tiny_pretrain", **options).eval()
     x, masked = torch.randn(1, 64, 32), torch.tensor([[9]])  # band 1, frames 8 to 15
     seen = []

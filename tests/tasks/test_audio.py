@@ -165,11 +165,12 @@ def test_wrong_sources_and_settings_say_so(tmp_path, folder):
 
 
 def test_synthetic_sounds_are_the_same_everywhere():
-    first, again = tones(RATE, 2), tones(RATE, 2)
-    assert len({r.labels for r in first}) == 6
-    assert all(np.array_equal(a.source, b.source) for a, b in zip(first, again, strict=True))
-    assert all(float(np.abs(r.source).max()) <= 1 for r in first)
-    assert len({len(r.source) for r in first}) > 6  # type: ignore[arg-type]
+    recordings = tones(RATE, 2)
+    first, again = ([np.asarray(r.source) for r in found] for found in (recordings, tones(RATE, 2)))
+    assert len({r.labels for r in recordings}) == 6
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(float(np.abs(sound).max()) <= 1 for sound in first)
+    assert len({len(sound) for sound in first}) > 6
     assert {r.speaker for r in tones(RATE, 4)} == {f"instrument{i}" for i in range(4)}
 
 
