@@ -1,7 +1,7 @@
-"""Every published variant that we know of is built with its number of parameters, and has a card.
+"""Every published variant of images and videos is built with its number of parameters, and has a card.
 
-`published/*.json` lists them with the arguments of their authors' constructors; `test_parity.py` turns these into ours.
-Variants whose outputs are compared there are not built again here.
+`published/vision.json` lists them with the arguments of their authors' constructors; `test_parity.py` turns these into
+ours. Variants whose outputs are compared there are not built again here.
 """
 
 import json
@@ -15,9 +15,7 @@ import mamba_zoo
 from .test_parity import FAMILIES, FIXTURES
 
 ENTRIES: dict[str, dict[str, Any]] = {
-    entry["model"]: entry
-    for path in sorted((Path(__file__).parent / "published").glob("*.json"))
-    for entry in json.loads(path.read_text())
+    entry["model"]: entry for entry in json.loads((Path(__file__).parent / "published" / "vision.json").read_text())
 }
 COMPARED = {Path(name).name.removesuffix(".json.gz") for name in FIXTURES}
 # Fixtures with position embeddings of another size than those of the weights that a card names.
