@@ -21,7 +21,7 @@ torch.fx.wrap("add_residual")
 torch.fx.wrap("check_image")
 
 # State-space parameters and embeddings: decay pulls them to a value that means something else than "off".
-_UNDECAYED = ("A_log", "D", "dt_bias", "bias", "cls_token", "pos_embed")
+_UNDECAYED = ("A_log", "D", "dt_bias", "bias", "B_bias", "C_bias", "cls_token", "pos_embed")
 
 
 class Backbone(nn.Module):

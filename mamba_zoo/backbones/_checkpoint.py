@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ._checkpoint_file import read_checkpoint
 from ._download import published_file
+from ._exchange import exchange
 from ._identify import FilterFn, blueprint, filter_of, identify, published_cfg, renamed
 from ._match import Match, match, unwrap, variants
 
@@ -87,7 +88,8 @@ def build_with_weights(
         pretrained_cfg: As for timm.
         pretrained_cfg_overlay: As for timm; `{"file": path}` loads that file.
         cache_dir: Folder for downloads.
-        kwargs: Arguments of `model_cls` and of timm's builder.
+        kwargs: Arguments of `model_cls` and of timm's builder. `mixer` is one of any model's: "mamba2" or "mamba3" take
+            the place of its selective scans; see `_exchange.exchange`.
 
     Returns: The model, or timm's feature wrapper around it.
 
@@ -97,16 +99,22 @@ def build_with_weights(
         ConnectionError: the published address cannot be reached.
     """
     accepted = list(inspect.signature(model_cls).parameters)
+    mixer = "mamba" if "mixer" in accepted else kwargs.pop("mixer", "mamba")
     _check_arguments(variant, accepted, kwargs)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)  # type: ignore[arg-type]
     feature_cfg = dict(kwargs.pop("feature_cfg", {}))  # timm fills it in
     taps = kwargs.get("out_indices", feature_cfg.get("out_indices")) if kwargs.get("features_only") else None
 
-    def construct(**arguments: Any) -> Model:
+    def make(**arguments: Any) -> Model:
         model = model_cls(**arguments)
+        exchange(model, mixer, variant)
+        return model
+
+    def construct(**arguments: Any) -> Model:
+        model = make(**arguments)
         if pretrained:
             rename = filter_fn or filter_of(model_cls.__module__)
-            unused = () if taps is None else _unused_for_features(model_cls, arguments, taps)
+            unused = () if taps is None else _unused_for_features(make, arguments, taps)
             if cfg.state_dict:
                 _load_state(model, unwrap(cfg.state_dict), "the given state_dict", rename, cfg, unused)
             else:

@@ -1,4 +1,4 @@
-"""Published image and video models, and the plain Mamba layer: their arguments, their outputs, their files."""
+"""Published image and video models: their arguments, their outputs, their files."""
 
 from __future__ import annotations
 
@@ -80,11 +80,6 @@ def vim_run(model: Any, inputs: dict[str, Tensor], fixture: dict[str, Any]) -> d
 
 def vim_container(state: dict[str, Tensor]) -> dict[str, Any]:
     return {"model": state, "epoch": 299, "args": argparse.Namespace(model="vim", lr=1e-3)}
-
-
-def mamba_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
-    renamed = {"d_model": "dim"}
-    return "mamba", {renamed.get(name, name): value for name, value in kwargs.items()}
 
 
 def mambavision_arguments(kwargs: Arguments) -> tuple[str, Arguments]:
@@ -228,5 +223,4 @@ FAMILIES = {
     "plainmamba": Family(plainmamba_arguments, plainmamba_run, lambda state: {"meta": {}, "state_dict": state}),
     "efficientvmamba": Family(efficientvmamba_arguments, vmamba_run, efficientvmamba_container),
     "localmamba": Family(localmamba_arguments, localmamba_run, lambda state: {"state_dict": state, "epoch": 299}),
-    "lm": Family(mamba_arguments, lambda model, inputs, _: {"y": model(inputs["x"])}, dict),
 }

@@ -20,7 +20,16 @@ from torch import Tensor
 
 import mamba_zoo
 
-from . import parity_audio, parity_graph, parity_points, parity_series, parity_speech, parity_vision, synth
+from . import (
+    parity_audio,
+    parity_graph,
+    parity_language,
+    parity_points,
+    parity_series,
+    parity_speech,
+    parity_vision,
+    synth,
+)
 from .parity_family import Family
 
 ROOT = Path(os.environ.get("MAMBA_ZOO_PARITY") or Path(__file__).parent / "fixtures")
@@ -33,6 +42,7 @@ PROBE_TOLERANCES = {"local_vim_tiny": 2e-4}
 FAMILIES: dict[str, Family] = {
     **parity_audio.FAMILIES,
     **parity_graph.FAMILIES,
+    **parity_language.FAMILIES,
     **parity_points.FAMILIES,
     **parity_series.FAMILIES,
     **parity_speech.FAMILIES,
@@ -48,8 +58,6 @@ def test_computes_what_was_published(name: str, tmp_path: Path) -> None:
         assert family.check is not None, f"{folder} does not say how to check a fixture without weights"
         family.check(fixture)
         return
-    if folder == "lm" and not fixture["source"].endswith("mamba_simple.py::Mamba"):
-        pytest.fail(f"{fixture['source']} is not built")
     architecture, arguments = family.arguments(fixture["kwargs"])
     inputs = made_inputs(fixture["inputs"])
     base = scaled(synth.synth_state(fixture["state"]), fixture.get("state_scale", {}))
