@@ -6,6 +6,7 @@ belong to a cloud alone, whatever is in the batch with it, unless a published mo
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -189,23 +190,56 @@ def hilbert_code(grid: Tensor, depth: int | Tensor) -> Tensor:
     """
     deepest = int(depth.max()) if isinstance(depth, Tensor) else depth
     shape = grid.shape[:-1]
-    levels = torch.as_tensor(depth, device=grid.device).view(-1, *[1] * (len(shape) - 1)).expand(shape)
-    axes = [grid[..., 0], grid[..., 1], grid[..., 2]]
-    for bit in reversed(range(deepest)):
-        low = (1 << bit) - 1
-        within = levels > bit  # shallower clouds join in later
-        for axis in range(3):
-            high = ((axes[axis] >> bit) & 1).bool()
-            if axis == 0:
-                axes[0] = torch.where(within & high, axes[0] ^ low, axes[0])
-                continue
-            exchange = torch.where(within & ~high, (axes[0] ^ axes[axis]) & low, 0)
-            axes[axis] = axes[axis] ^ exchange
-            axes[0] = torch.where(within & high, axes[0] ^ low, axes[0] ^ exchange)
-    code = zcurve_code(torch.stack(axes, dim=-1))
+    levels = torch.as_tensor(depth, device=grid.device).view(-1, *[1] * (len(shape) - 1))
+    digits, states = _hilbert_tables(grid.device)
+    octants = [_octants(grid, bit) for bit in reversed(range(deepest))]
+    state = torch.zeros(shape, dtype=torch.int64, device=grid.device)
+    code = torch.zeros_like(state)
+    for bit, octant in zip(reversed(range(deepest)), octants, strict=True):
+        row = state + octant
+        code = (code << 3) | digits[row]
+        # Shallower clouds join in later: until then they stay in the first state, whose octant 0 has the digit 0.
+        state = torch.where(levels > bit, states[row], 0)
     for shift in (1, 2, 4, 8, 16, 32):  # from Gray code
         code = code ^ (code >> shift)
     return code
+
+
+def _octants(grid: Tensor, bit: int) -> Tensor:
+    """Which eighth of its cube of this level each cell is in: bits of x, y and z, x highest."""
+    x, y, z = ((grid >> bit) & 1).unbind(-1)
+    return (x << 2) | (y << 1) | z
+
+
+@lru_cache(maxsize=8)
+def _hilbert_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each state and octant, at index `8 * state + octant`, a digit in Gray code and 8 times the next state.
+
+    Skilling's loop exchanges and inverts the lower bits of axes by what it finds in the present ones, so that what it
+    has done so far is one of 48 ways to exchange and invert axes: a state. The first is to leave them alone.
+    """
+    # Axis i of the curve is axis order[i] of the cube, inverted or not.
+    queue: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((0, 1, 2), (0, 0, 0))]
+    known = {queue[0]: 0}
+    found: list[tuple[int, int]] = []
+    for order, inverted in queue:  # which grows
+        for octant in range(8):
+            cube = (octant >> 2, (octant >> 1) & 1, octant & 1)
+            bits = [cube[axis] ^ flip for axis, flip in zip(order, inverted, strict=True)]
+            axes = list(zip(order, inverted, strict=True))
+            for i, bit in enumerate(bits):
+                if bit:
+                    axes[0] = (axes[0][0], axes[0][1] ^ 1)
+                else:
+                    axes[0], axes[i] = axes[i], axes[0]
+            following = (tuple(axis for axis, _ in axes), tuple(flip for _, flip in axes))
+            if following not in known:
+                known[following] = len(known)
+                queue.append(following)
+            found.append((bits[0] << 2 | bits[1] << 1 | bits[2], 8 * known[following]))
+    with torch.inference_mode(False):
+        digits, states = torch.tensor(found, device=device).unbind(-1)
+        return digits.contiguous(), states.contiguous()
 
 
 def cts_code(grid: Tensor, axes: str, published: bool = False) -> Tensor:

@@ -52,6 +52,7 @@ class PointData(TaskData):
             apart: validation then repeats the training clouds and says nothing, and the last weights count.
         test_fraction: Likewise for test clouds, where it must be above 0.
         split_seed: Of the automatic split, and of the points that are drawn.
+        repeats: An epoch goes so many times through the training clouds; for sets of a few hundred.
 
     Raises:
         FileNotFoundError: a missing folder or file.
@@ -71,14 +72,15 @@ class PointData(TaskData):
         val_fraction: float = 0.15,
         test_fraction: float = 0.15,
         split_seed: int = 0,
+        repeats: int = 1,
     ) -> None:
         super().__init__(root, batch_size, num_workers)
-        if points < 1 or voxel < 0:
-            raise ValueError(f"points={points} must be at least 1 and voxel={voxel} at least 0")
+        if min(points, repeats) < 1 or voxel < 0:
+            raise ValueError(f"points={points} and repeats={repeats} must be at least 1, voxel={voxel} at least 0")
         if not 0 <= val_fraction < 0.5 or not 0 < test_fraction < 0.5:
             raise ValueError(f"val_fraction={val_fraction} and test_fraction={test_fraction} must be below 0.5")
         self.save_hyperparameters(logger=False)
-        self.points, self.voxel, self.split_seed = points, voxel, split_seed
+        self.points, self.voxel, self.split_seed, self.repeats = points, voxel, split_seed, repeats
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.order_seed = split_seed
         self._classes: list[str] = []
@@ -114,6 +116,8 @@ class PointData(TaskData):
                 f"the clouds of {self.root} have no parts; give 'solids', a .npz file with 'part' and 'part_names', or "
                 "folders of .npz files with 'labels'"
             )
+        if self.repeats > 1:
+            found["train"] = _subset(found["train"], np.tile(np.arange(len(found["train"])), self.repeats))
         return dict(found)
 
     def scored(self, model: Any, split: Split, other: bool) -> Dataset:
@@ -227,8 +231,9 @@ class PartData(PointData):
         val_fraction: float = 0.15,
         test_fraction: float = 0.15,
         split_seed: int = 0,
+        repeats: int = 1,
     ) -> None:
-        super().__init__(root, points, voxel, batch_size, num_workers, val_fraction, test_fraction, split_seed)
+        super().__init__(root, points, voxel, batch_size, num_workers, val_fraction, test_fraction, split_seed, repeats)
 
 
 class UnlabelledData(PointData):
