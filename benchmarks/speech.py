@@ -38,7 +38,7 @@ ENTRIES = [
     Entry("enhancement", "semamba_mini, causal", "semamba_mini", {"causal": True}, 3e-3),
     Entry("enhancement", "convolutions", "conv_mask", {"dim": 40, "depth": 6}, 3e-3),
     Entry("enhancement", "attention", "transformer_mask", {"dim": 44, "depth": 3}, 2e-3),
-    Entry("separation", "spmamba_mini", "spmamba_mini", {}, 3e-3),
+    Entry("separation", "spmamba_mini", "spmamba_mini", {}, 2e-3),
     Entry("separation", "convolutions", "conv_mask", {"dim": 48, "depth": 8}, 3e-3),
     Entry("separation", "attention", "transformer_mask", {"dim": 60, "depth": 3}, 2e-3),
 ]
