@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def graph(n: int, edges: int, seed: int) -> Data:
+def graph(n: int, edges: int, seed: int) -> Any:
     draw = torch.Generator().manual_seed(seed)
     pairs = torch.randint(n, (2, edges), generator=draw)
     return Data(
@@ -41,7 +41,15 @@ def graph(n: int, edges: int, seed: int) -> Data:
     )
 
 
-def graphs() -> list[Data]:
+def joined(items: Any) -> Any:
+    return Batch.from_data_list(items)
+
+
+def karate() -> Any:
+    return KarateClub()[0]
+
+
+def graphs() -> list[Any]:
     """Among them a single node, and nodes without edges."""
     return [graph(12, 18, 0), graph(1, 0, 1), graph(5, 0, 2), graph(9, 6, 3)]
 
@@ -55,7 +63,7 @@ def small(kind: str, **options: Any) -> Any:
 def test_a_batch_is_its_graphs_one_by_one(kind, device):
     model, items = small(kind).to(device), graphs()
     with torch.no_grad():
-        together = model(Batch.from_data_list(items).to(device))
+        together = model(joined(items).to(device))
         alone = torch.cat([model(item.to(device)) for item in items])
     assert together.shape == (4, 3)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
@@ -72,7 +80,7 @@ def test_renumbering_changes_nothing_where_colours_tell_nodes_apart(kind):
 def test_sensitivity_measures_orders_that_depend_on_numbering():
     item = graph(14, 24, 5)
     assert relabelling_sensitivity(small("default", scan="raster"), item) > 1e-3
-    symmetric = KarateClub()[0]
+    symmetric = karate()
     tied = small("default", in_chans=34, level="node")
     assert (
         0
@@ -95,7 +103,7 @@ def test_renumbered_data_keep_everything_at_its_node():
 @pytest.mark.parametrize("kind", ["default", "gmn"])
 def test_every_weight_learns(kind):
     model = small(kind).train()
-    model(Batch.from_data_list(graphs())).square().sum().backward()
+    model(joined(graphs())).square().sum().backward()
     # The last layer's edges go nowhere, in the published model too.
     idle = [name for name, p in model.named_parameters() if p.grad is None and "layers.1.local.norm_e" not in name]
     assert idle == []
@@ -104,7 +112,7 @@ def test_every_weight_learns(kind):
 
 @pytest.mark.parametrize("level", ["graph", "node", "edge"])
 def test_levels(level):
-    batch = Batch.from_data_list(graphs())
+    batch = joined(graphs())
     batch.edge_label_index = torch.tensor([[0, 3, 14], [1, 2, 15]])
     model = small("default", level=level)
     rows = {"graph": 4, "node": 27, "edge": 3}[level]
@@ -130,7 +138,7 @@ def test_every_registered_model(name):
 
 
 def test_gradient_checkpointing_changes_nothing():
-    batch, found = Batch.from_data_list(graphs()), []
+    batch, found = joined(graphs()), []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = small("default", norm="layer", local="gcn").train()
@@ -142,7 +150,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("kind", ["default", "gmn"])
 def test_bfloat16_stays_close(kind, device):
-    model, batch = small(kind).to(device), Batch.from_data_list(graphs()).to(device)
+    model, batch = small(kind).to(device), joined(graphs()).to(device)
     with torch.no_grad():
         want = model(batch)
         got = model.bfloat16()(batch)
@@ -154,7 +162,7 @@ def test_a_checkpoint_goes_in_whole_or_not_at_all(tmp_path):
     model, path = small("default"), tmp_path / "w.pth"
     torch.save(model.state_dict(), path)
     again = small("default", checkpoint_path=path)
-    batch = Batch.from_data_list(graphs())
+    batch = joined(graphs())
     torch.testing.assert_close(again(batch), model(batch))
     with pytest.raises(ValueError, match=r"w\.pth"):
         small("default", checkpoint_path=path, depth=3)
@@ -162,21 +170,21 @@ def test_a_checkpoint_goes_in_whole_or_not_at_all(tmp_path):
 
 def test_prepared_orders_are_taken_and_join_to_those_of_the_batch():
     items = [AddOrder("both_ways(bfs)")(item) for item in graphs()]
-    batch: Any = Batch.from_data_list(items)
+    batch = joined(items)
     want = graph_order("both_ways(bfs)", Graphs.of(batch))
     of_graph = Graphs.of(batch).batch
     for row, own in zip(batch[order_key("both_ways(bfs)")], want, strict=True):
         for i in range(4):
             assert row[of_graph[row] == i].tolist() == own[of_graph[own] == i].tolist()
     model = small("default", scan="both_ways(bfs)")
-    torch.testing.assert_close(model(batch), model(Batch.from_data_list(graphs())))
-    backwards = Batch.from_data_list(items)
+    torch.testing.assert_close(model(batch), model(joined(graphs())))
+    backwards = joined(items)
     backwards[order_key("both_ways(bfs)")] = batch[order_key("both_ways(bfs)")].flip(1)
     assert not torch.allclose(model(backwards), model(batch), atol=1e-4)
 
 
 def test_evaluation_is_deterministic_unless_asked_and_training_draws_orders():
-    batch = Batch.from_data_list([KarateClub()[0], KarateClub()[0]])
+    batch = joined([karate(), karate()])
     model = small("drawn orders", in_chans=34, norm="layer", local="gcn")
     assert torch.equal(model(batch), model(batch))
     assert not torch.equal(model.train()(batch), model(batch))
@@ -187,7 +195,7 @@ def test_evaluation_is_deterministic_unless_asked_and_training_draws_orders():
 
 
 def test_averaging_over_orders_is_the_mean_of_the_mixers():
-    item = KarateClub()[0]
+    item = karate()
     found = Graphs.of(item)
     orders = Orders("degree", "random", 1, 3, 0)
     visits = orders.draw(item, found, 2, False)
@@ -234,7 +242,7 @@ def test_positions(pe, transform):
     with pytest.raises(ValueError, match="pre_transform"):
         model(graph(6, 9, 0))
     items = [transform(graph(n, 2 * n, n)) for n in (7, 5)]
-    together = model(Batch.from_data_list(items))
+    together = model(joined(items))
     torch.testing.assert_close(together, torch.cat([model(item) for item in items]), rtol=1e-4, atol=1e-5)
 
 
@@ -291,7 +299,7 @@ def test_pooling_leaves_zeros_for_a_graph_without_nodes(how):
 
 
 def test_gmn_draws_new_walks_in_training_only():
-    item = KarateClub()[0]
+    item = karate()
     model: Any = small("gmn", in_chans=34)
     found = Graphs.of(item)
     assert torch.equal(model.neighbourhoods(found).token, model.neighbourhoods(found).token)
@@ -315,7 +323,7 @@ def test_gmns_mixer_has_a_gate_for_each_direction():
 
 
 def test_mamba_stands_in_for_pygs_gps_layer():
-    data, batch = KarateClub()[0], Batch.from_data_list(graphs())
+    data, batch = karate(), joined(graphs())
     layer = MambaGPSConv(16, GCNConv(16, 16), scan="both_ways(degree)", dropout=0.1)
     assert isinstance(layer, GPSConv)
     layer.reset_parameters()
