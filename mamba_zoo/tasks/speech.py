@@ -130,6 +130,10 @@ class SpeechTask(Task):
             if values:
                 self.log(f"test/{key}", float(np.mean(values)), on_epoch=True, batch_size=len(values))
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Outputs `(b, s, n)`."""
+        return self.separate(self.inference_net, batch)
+
     def on_test_epoch_start(self) -> None:
         """Forget an earlier test, and see which perceptual metrics can be had."""
         self._tested.clear()

@@ -159,6 +159,7 @@ def test_every_model_learns_something(task, data, name, options):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+    assert model.predict_step(batch, 0).shape == batch[1].shape
 
 
 def test_batches_of_different_lengths_are_scored_one_by_one():
