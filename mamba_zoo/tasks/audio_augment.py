@@ -47,12 +47,6 @@ def add_noise(waves: Tensor, lengths: Tensor, snr: Tensor, slope: Tensor) -> Ten
     return waves + noise * (power * 10 ** (-snr / 10)).sqrt()[:, None]
 
 
-def shift(waves: Tensor, samples: Tensor) -> Tensor:
-    """Move each row of `(b, n)` to the right by `samples (b,)`, to the left if negative; zeros come in."""
-    places = torch.arange(waves.shape[1], device=waves.device) - samples[:, None]
-    return waves.gather(1, places.clamp(0, waves.shape[1] - 1)) * ((places >= 0) & (places < waves.shape[1]))
-
-
 def warp_bands(spectrograms: Tensor, factors: Tensor, low: float, high: float) -> Tensor:
     """Multiply all frequencies by a factor, as a longer or shorter vocal tract does.
 

@@ -213,11 +213,6 @@ def test_noise_has_the_asked_level():
     torch.testing.assert_close(10 * torch.log10(wave.pow(2).mean(1) / power), torch.tensor([10.0, 30.0]))
 
 
-def test_shifting_moves_and_does_not_wrap():
-    x = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4]])
-    assert augment.shift(x, torch.tensor([1, -2])).tolist() == [[0, 1, 2, 3], [3, 4, 0, 0]]
-
-
 def test_a_shorter_vocal_tract_moves_formants_up():
     x = torch.zeros(3, 2, 40)
     x[:, :, 20] = 1.0
