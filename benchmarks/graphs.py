@@ -10,8 +10,8 @@ Settings of Cora, CiteSeer and MUTAG are chosen among a few trials on validation
 again and with as many trials for each baseline; those of ENZYMES and ESOL are fixed. Where there is a validation set
 (Cora, CiteSeer, ESOL), the score of a run is that of the epoch with the best validation score. The ten folds of MUTAG
 and ENZYMES are trained on nine and scored with the last weights; "best epoch" rows show what the same runs give by the
-protocol of Xu et al. (arXiv:1810.00826), who take the best epoch of the average test curve. That flatters, and published
-numbers were made like this.
+protocol of Xu et al. (arXiv:1810.00826), who take the best epoch of the average test curve. That flatters, and
+published numbers were made like this.
 """
 
 from __future__ import annotations
