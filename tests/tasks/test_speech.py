@@ -1,6 +1,7 @@
 """Speech enhancement and separation: mixtures, metrics, training, files in and out."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mamba_zoo.tasks.speech_data import EnhancementData, SeparationData
 from mamba_zoo.tasks.speech_figures import plot_spectrograms
 from mamba_zoo.tasks.speech_synthesis import NOISES, synthetic_noise, synthetic_voice
 
-FSDD = Path("/work/shared/data/audio/fsdd/recordings")
+FSDD = Path(os.environ.get("MAMBA_ZOO_DATA", "data")) / "audio" / "fsdd" / "recordings"
 TINY: dict[str, Any] = {"dim": 4, "depth": 1, "d_state": 2}
 
 
@@ -267,7 +268,7 @@ def test_spectrograms_are_pictures(tmp_path):
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(not FSDD.is_dir(), reason="the Free Spoken Digit Dataset is not on this machine")
+@pytest.mark.skipif(not FSDD.is_dir(), reason="no spoken digits at $MAMBA_ZOO_DATA/audio/fsdd")
 def test_mixtures_of_real_speech():
     import yaml
 
