@@ -94,15 +94,15 @@ _MOLECULES = Benchmark(
     {"lr": 0.003, "weight_decay": 0.01, "warmup_epochs": 5},
     {"dim": 32, "depth": 3, "drop_rate": 0.2, "global_pool": "add"},
     {"local": "gin"},
-    epochs=60,
+    epochs=40,
     seeds=3,
     folds=10,
     orders=("degree", "rcm", "bfs", "pagerank"),
     trials=(
         {"options": {"drop_rate": 0.2}},
         {"options": {"drop_rate": 0.5, "depth": 2}},
-        {"options": {"drop_rate": 0.5, "global_pool": "mean"}},
-        {"options": {"drop_rate": 0.3, "dim": 64}},
+        {"options": {"drop_rate": 0.5, "depth": 2, "global_pool": "mean"}},
+        {"options": {"drop_rate": 0.5, "depth": 2, "global_pool": "mean", "dim": 64}},
     ),
     trial_seeds=(100,),
 )
