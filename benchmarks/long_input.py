@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import mamba_zoo
-from mamba_zoo.backbones._streaming import stream
+from mamba_zoo.backbones import stream
 from mamba_zoo.tasks.environment import machine
 
 RATE = 8000

@@ -3,6 +3,7 @@
 from . import mamba, mambavision, plainmamba, videomamba, vim, vmamba
 from ._fbank import FRONT_ENDS, FilterBank, FrontEnd, MelSpectrogram, front_end
 from ._register import Card, card, cards
+from ._streaming import stream
 
 __all__ = [
     "FRONT_ENDS",
@@ -16,6 +17,7 @@ __all__ = [
     "mamba",
     "mambavision",
     "plainmamba",
+    "stream",
     "videomamba",
     "vim",
     "vmamba",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.audio import permutation_invariant_training, scale_invariant_signal_distortion_ratio
 
 import mamba_zoo
-from mamba_zoo.backbones._streaming import stream
+from mamba_zoo.backbones import stream
 
 from ._speech_baselines import BASELINES, build_baseline
 from ._task import Task

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mamba_zoo
+from mamba_zoo.backbones import stream
 from mamba_zoo.backbones._mixer import Mamba
-from mamba_zoo.backbones._streaming import stream
 
 
 @pytest.fixture(autouse=True)
