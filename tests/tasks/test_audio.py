@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ pytest.importorskip("torchaudio", reason="front ends need torchaudio")
 CPU = {"accelerator": "cpu"}
 RATE = 8000
 TINY = {"options": {"dim": 16, "depth": 1, "d_state": 2}, "lr": 5e-3}
-FSDD = Path("/work/shared/data/audio/fsdd")
+FSDD = Path(os.environ.get("MAMBA_ZOO_DATA", "data")) / "audio" / "fsdd"
 
 
 def write_tone(path: Path, hertz: float, seconds: float = 0.3, rate: int = RATE) -> None:
@@ -377,7 +378,7 @@ def test_orders_of_recordings_are_trained_alike(folder, tmp_path):
     assert net.scan == "none"
 
 
-@pytest.mark.skipif(not FSDD.exists(), reason="the Free Spoken Digit Dataset is not there")
+@pytest.mark.skipif(not FSDD.exists(), reason="no Free Spoken Digits at $MAMBA_ZOO_DATA/audio/fsdd")
 def test_spoken_digits_are_found_as_their_authors_split_them():
     data = AudioData(str(FSDD), sample_rate=8000)
     assert counts(data) == {"train": 2430, "val": 270, "test": 300}
