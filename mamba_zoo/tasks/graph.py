@@ -108,7 +108,7 @@ class GraphClassifier(_Ordered, Classifier):
 
     def targets(self, batch: Any) -> Tensor:
         """Their classes."""
-        return batch.y
+        return batch.y.view(-1).long()
 
     def batch_items(self, batch: Any) -> int:
         """Graphs of a batch."""

@@ -167,12 +167,23 @@ class GraphData(GraphSource):
         """Targets of all graphs, `(graphs, targets)`."""
         if any(data.get("y") is None for data in self.graphs):
             raise ValueError(f"{self.root} has graphs without a label; training needs graphs.csv or the data set's own")
-        return np.stack([data.y.reshape(-1).numpy() for data in self.graphs])
+        found = np.stack([data.y.reshape(-1).numpy() for data in self.graphs])
+        whole = found.dtype.kind == "f" and bool((found == np.rint(found)).all())
+        return found.astype(np.int64) if whole else found
 
     @property
     def num_classes(self) -> int:
-        """Classes."""
-        return int(self.labels[:, 0].max()) + 1
+        """Classes.
+
+        Raises:
+            ValueError: labels that are not one class number each.
+        """
+        if self.labels.shape[1] != 1 or self.labels.dtype.kind == "f":
+            raise ValueError(
+                f"graphs of {self.root} have {self.labels.shape[1]} targets of {self.labels.dtype}, not one class "
+                "number each; train them with --task graph-regression"
+            )
+        return int(self.labels.max()) + 1
 
     def parts(self) -> dict[str, Dataset]:
         """Graphs of each split."""

@@ -50,8 +50,14 @@ def test_folders_are_read_as_they_are_written(folder):
     assert one.edge_attr.tolist() == [[2.5], [2.5]]
     assert (one.y.item(), one.split_name, two.y.item(), two.split_name) == (1, "train", 0, "test")
     assert two.edge_index.tolist() == [[2], [0]]
+    data = GraphData(str(folder))
+    assert data.num_classes == 2
     with pytest.raises(ValueError, match="no val graphs"):
-        GraphData(str(folder)).setup()
+        data.setup()
+    (folder / "graphs.csv").write_text("a,b\n1.5,2\n0.1,3\n")
+    with pytest.raises(ValueError, match="graph-regression"):
+        _ = GraphData(str(folder)).num_classes
+    assert TargetData(str(folder)).labels.shape == (2, 2)
 
 
 @pytest.mark.parametrize(
