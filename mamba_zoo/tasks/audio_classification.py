@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,13 +19,14 @@ from ._classifier import Classifier, check_classes
 from .audio_models import build_listener
 
 _EXAMPLES = 8  # recordings of a test that are drawn
+_RANGE, _QUIET = 45.0, 30.0  # dB below the loudest point that are heard, and below the loudest frame that are silence
 
 
 class AudioClassifier(Classifier):
     """A model with its front end: waveforms in, one class out.
 
     Recordings are changed at random while training, a batch at a time and on the device that trains: first the
-    waveform (speed, noise), then the spectrogram (vocal tract, channel, shift, masks, mixup).
+    waveform (speed, noise), then the spectrogram (tempo, vocal tract, channel, shift, masks, mixup).
 
     Args:
         name: A model of spectrograms of the zoo; any image model of the zoo or of timm, which sees the spectrogram as
@@ -39,8 +41,10 @@ class AudioClassifier(Classifier):
         drop_rate: Dropout before the head; None is the model's own.
         drop_path_rate: Stochastic depth; None is the model's own.
         level: "fixed" keeps the loudness and the channel of a recording; "recording" takes the mean of each of its
-            bands away and divides by its own deviation, so that microphones and rooms matter less.
+            bands away and divides by its own deviation, so that microphones and rooms matter less; what is 45 dB below
+            its loudest point counts as silence, and silence around it as padding.
         speed: Play training recordings up to this part faster or slower, pitch and formants with it; 0 is off.
+        tempo: Stretch or shorten them by up to this part at the same pitch; 0 is off.
         noise: Part of the training recordings to which noise is added, 5 to 50 dB below them.
         vocal_tract: Raise or lower all formants by up to this part; 0 is off.
         channel: Deviation of random gains along the bands, in decibels; 0 is off.
@@ -81,6 +85,7 @@ class AudioClassifier(Classifier):
         drop_path_rate: float | None = None,
         level: Literal["fixed", "recording"] = "fixed",
         speed: float = 0.0,
+        tempo: float = 0.0,
         noise: float = 0.0,
         vocal_tract: float = 0.0,
         channel: float = 0.0,
@@ -103,7 +108,9 @@ class AudioClassifier(Classifier):
         front = make_front_end(front_end or {"frames": 100, "mel_bins": 40})
         if front.frames is None:
             raise ValueError("front_end needs a number of frames")
-        for key, value, most in (("speed", speed, 0.5), ("vocal_tract", vocal_tract, 0.5), ("noise", noise, 1.0)):
+        for key, value, most in (
+            ("speed", speed, 0.5), ("tempo", tempo, 0.5), ("vocal_tract", vocal_tract, 0.5), ("noise", noise, 1.0),
+        ):  # fmt: skip
             if not 0 <= value <= most:
                 raise ValueError(f"{key}={value} must lie between 0 and {most}")
         for key, value in (
@@ -122,7 +129,8 @@ class AudioClassifier(Classifier):
         )  # fmt: skip
         self.save_hyperparameters()
         self.front_end, self.level = front, level
-        self.speed, self.noise, self.vocal_tract, self.channel = speed, noise, vocal_tract, channel
+        self.speed, self.tempo, self.noise = speed, tempo, noise
+        self.vocal_tract, self.channel = vocal_tract, channel
         self.shift, self.mask_bands, self.mask_frames, self.mixup = shift, mask_bands, mask_frames, mixup
         self._examples: list[tuple[Tensor, str]] = []
 
@@ -137,6 +145,8 @@ class AudioClassifier(Classifier):
             chosen = torch.rand(b, 1, device=waves.device) < self.noise
             waves = torch.where(chosen, augment.add_noise(waves, lengths, snr, slope), waves)
         x, frames = self.front_end(waves, lengths=lengths)
+        if training and self.tempo:
+            x, frames = augment.change_tempo(x, frames, augment.uniform(b, 1 - self.tempo, 1 + self.tempo, waves))
         padding = torch.arange(x.shape[1], device=x.device) >= frames[:, None]
         if training and self.vocal_tract:
             factors = augment.uniform(b, 1 - self.vocal_tract, 1 + self.vocal_tract, waves)
@@ -145,7 +155,7 @@ class AudioClassifier(Classifier):
             gains = torch.randn(b, 6, device=x.device) * self.channel / (2 * self.front_end.std)
             x = torch.where(padding[..., None], x, augment.change_channel(x, gains))
         if self.level == "recording":
-            x = _levelled(x, padding)
+            x = _levelled(x, padding, 2 * self.front_end.std)
         if training and self.shift:
             most = (x.shape[1] - frames).clamp(max=self.shift)
             x = _rolled(x, (torch.rand(b, device=x.device) * (most + 1)).long())
@@ -240,7 +250,8 @@ class AudioClassifier(Classifier):
 class AudioTagger(AudioClassifier):
     """A model with its front end: waveforms in, any number of classes out, each with its own probability.
 
-    Arguments are those of `AudioClassifier`; `label_smoothing` moves 0 and 1 by half of it. The score is the mean average precision over the classes (mAP).
+    Arguments are those of `AudioClassifier`; `label_smoothing` moves 0 and 1 by half of it. The score is the mean
+    average precision over the classes (mAP).
     """
 
     monitor = "val/map"
@@ -264,6 +275,7 @@ class AudioTagger(AudioClassifier):
         drop_path_rate: float | None = None,
         level: Literal["fixed", "recording"] = "fixed",
         speed: float = 0.0,
+        tempo: float = 0.0,
         noise: float = 0.0,
         vocal_tract: float = 0.0,
         channel: float = 0.0,
@@ -287,7 +299,7 @@ class AudioTagger(AudioClassifier):
 
         super().__init__(
             name, scan, num_classes, front_end, class_names, options, pretrained, checkpoint_path, drop_rate,
-            drop_path_rate, level, speed, noise, vocal_tract, channel, shift, mask_bands, mask_frames, mixup,
+            drop_path_rate, level, speed, tempo, noise, vocal_tract, channel, shift, mask_bands, mask_frames, mixup,
             label_smoothing, opt,
             lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze,
         )  # fmt: skip
@@ -361,9 +373,22 @@ class AudioTagger(AudioClassifier):
         return scores
 
 
-def _levelled(x: Tensor, padding: Tensor) -> Tensor:
-    """Each band without its mean, all divided by their deviation; frames of padding are neither read nor kept."""
-    inside = (~padding)[..., None]
+def _levelled(x: Tensor, padding: Tensor, unit: float) -> Tensor:
+    """Each band without its mean, all divided by their deviation; silence around a recording becomes padding, zeros.
+
+    Args:
+        x: `(b, t, mel_bins)`, natural logarithms divided by `unit`.
+        padding: `(b, t)`.
+        unit: See above.
+    """
+    decibel = math.log(10) / 10 / unit
+    lowest = x.amin()
+    x = torch.where(padding[..., None], lowest, x)
+    x = torch.maximum(x, x.amax((1, 2), keepdim=True) - _RANGE * decibel)
+    loudness = x.mean(2).masked_fill(padding, -math.inf)
+    loud = loudness >= loudness.amax(1, keepdim=True) - _QUIET * decibel
+    between = (loud.cumsum(1) > 0) & (loud.flip(1).cumsum(1) > 0).flip(1)
+    inside = (between & ~padding)[..., None]
     frames = inside.sum(1, keepdim=True).clamp(min=1)
     x = (x - (x * inside).sum(1, keepdim=True) / frames) * inside
     deviation = (x.pow(2).sum((1, 2), keepdim=True) / (frames * x.shape[2])).sqrt()

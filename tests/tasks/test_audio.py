@@ -236,14 +236,33 @@ def test_masks_hide_runs_of_bands_and_frames():
     assert torch.equal(augment.mask(x, 0, 0), x)
 
 
-def test_levelling_takes_a_channel_away():
+def test_levelling_takes_channel_loudness_and_silence_away():
     torch.manual_seed(0)
-    x, padding = torch.randn(2, 30, 8), torch.arange(30) >= torch.tensor([[30], [20]])
-    gains = torch.randn(2, 1, 8)
-    want, got = _levelled(x, padding), _levelled(2 * x + gains, padding)
-    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
-    assert not got[1, 20:].any()
+    padding = torch.arange(30) >= torch.tensor([[30], [20]])
+    x, gains = torch.randn(2, 30, 8), torch.randn(2, 1, 8)
+    want = _levelled(x, padding, 1.0)
+    torch.testing.assert_close(_levelled(x + gains, padding, 1.0), want, rtol=1e-2, atol=1e-2)
+    assert not want[1, 20:].any()
     torch.testing.assert_close(want[1, :20].mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+    # Digital silence before and after a recording is as good as none.
+    silent = torch.full((1, 40, 8), -16.0)
+    silent[:, 10:30] = x[1:, :20]
+    heard = _levelled(silent, torch.zeros(1, 40, dtype=torch.bool), 1.0)
+    assert not heard[:, :10].any()
+    assert not heard[:, 30:].any()
+    torch.testing.assert_close(heard[0, 10:30], want[1, :20])
+
+
+def test_tempo_changes_length_and_leaves_bands():
+    x = torch.zeros(2, 20, 4)
+    x[:, :10, 1] = torch.arange(10.0)
+    x[:, 10:] = -1.0
+    stretched, frames = augment.change_tempo(x, torch.tensor([10, 10]), torch.tensor([0.5, 2.0]))
+    assert frames.tolist() == [20, 5]
+    torch.testing.assert_close(stretched[0, :18, 1], torch.arange(18) / 2)
+    torch.testing.assert_close(stretched[1, :5, 1], torch.arange(5) * 2.0)
+    assert (stretched[1, 5:] == -1).all()
+    assert not stretched[0, :, 0].any()
 
 
 def test_rolling_keeps_every_frame():
@@ -253,7 +272,7 @@ def test_rolling_keeps_every_frame():
 
 def test_random_changes_are_for_training_only():
     model = AudioClassifier(
-        front_end={"sample_rate": RATE, "mel_bins": 20, "frames": 30}, speed=0.2, noise=1.0, vocal_tract=0.2,
+        front_end={"sample_rate": RATE, "mel_bins": 20, "frames": 30}, speed=0.2, tempo=0.2, noise=1.0, vocal_tract=0.2,
         channel=6.0, shift=10, mask_bands=5, mask_frames=5, mixup=0.5, level="recording",
     )  # fmt: skip
     waves, lengths = 0.1 * torch.randn(4, 2000), torch.tensor([2000, 1500, 1800, 1000])
