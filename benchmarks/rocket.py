@@ -1,4 +1,4 @@
-"""Random convolutional kernels and a ridge classifier, ROCKET (arXiv:1910.13051): a strong, fast baseline for series."""
+"""Random convolutional kernels and a ridge classifier, ROCKET (arXiv:1910.13051): a strong baseline for series."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 `--data` holds `ETTh1.csv`, `exchange_rate.csv`, or one folder of `.ts` files a data set, at any depth. Every run is
 one model, one horizon or data set, and one seed; `--jobs` run at once, each in a process of its own, and finished ones
 are kept in `--runs`, so that the same command goes on where it was interrupted. Forecasters end with the weights of the
-epoch with the best validation error, classifiers with those of the last epoch, without a validation part. No test window
-is left out.
+epoch with the best validation error, classifiers with those of the last epoch, without a validation part. No test
+window is left out.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Run:
         options: Arguments of the task.
         data_options: Arguments of its data.
         heavy: How much of a GPU it needs; heavy runs start first.
+        variant: Added to the name of its folder.
     """
 
     task: str
@@ -66,11 +67,15 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     data_options: dict[str, Any] = field(default_factory=dict)
     heavy: int = 0
+    variant: str = ""
 
     @property
     def folder(self) -> str:
         """Where the run is kept."""
-        return "-".join([self.dataset, self.model, *([str(self.horizon)] if self.horizon else []), str(self.seed)])
+        return (
+            "-".join([self.dataset, self.model, *([str(self.horizon)] if self.horizon else []), str(self.seed)])
+            + self.variant
+        )
 
 
 def etth1(data: Path, seeds: int) -> list[Run]:
@@ -104,8 +109,9 @@ def _forecasts(dataset: str, source: str, horizon: int, seed: int) -> list[Run]:
     return [*runs, Run(*common, "timemachine", horizon, seed, 40, 512, machine, heavy=2)]
 
 
-# What differs from the published training of S-Mamba, if anything.
-S_MAMBA: dict[str, Any] = {}
+# What differs from the published training of S-Mamba: one seed of ETTh1, 96 to 96, on a CPU gave 0.3887 after 5 epochs as
+# published, 0.3874 after 3 with this loss, and 0.3866 with the average of the weights as well.
+S_MAMBA: dict[str, Any] = {"loss": "huber", "ema_decay": 0.995}
 
 
 def ucr_uea(data: Path, seeds: int) -> list[Run]:
@@ -212,6 +218,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--horizons", type=int, nargs="+", help="only these")
     parser.add_argument("--datasets", nargs="+", help="only these")
     parser.add_argument("--epochs", type=int, help="at most as many, for a trial")
+    parser.add_argument(
+        "--as-published",
+        action="store_true",
+        help="train S-Mamba as published: squared error, no average of the weights",
+    )
     parser.add_argument("--accelerator", default="auto", help="as in Lightning: cpu, gpu")
     parser.add_argument("--runs", type=Path, default=Path("runs/series"), help="folder of the runs")
     parser.add_argument("--out", type=Path, help="CSV file; default benchmarks/results/SET.csv")
@@ -225,6 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     for run in todo:
         run.epochs = min(run.epochs, options.epochs or run.epochs)
+        if options.as_published and run.model == "s_mamba":
+            run.options = {key: value for key, value in run.options.items() if key not in S_MAMBA}
+            run.variant = "-published"
     todo.sort(key=lambda run: -run.heavy)
     console = Console(width=140)
     out = options.out or Path(__file__).parent / "results" / f"{options.set}.csv"
@@ -261,6 +275,7 @@ def write(out: Path, rows: list[dict[str, Any]], options: argparse.Namespace) ->
     where = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
     versions = f"torch {torch.__version__}, python {platform.python_version()}, mamba_zoo {mamba_zoo.__version__}"
     command = f"python -m benchmarks.series {options.set} --data DIR --seeds {options.seeds} --jobs {options.jobs}"
+    command += " --as-published" if options.as_published else ""
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with out.open("w", newline="") as file:

@@ -50,7 +50,8 @@ def plot_forecasts(windows: Sequence[Sequence[np.ndarray]], names: Sequence[str]
                 ax.set_title(names[column], fontsize=9)
             if row == len(windows) - 1:
                 ax.set_xlabel("steps ahead", fontsize=8)
-    axes[0][0].legend(fontsize=7, frameon=False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     _save(figure, path)
 
 
@@ -93,9 +94,11 @@ def plot_filled(known: np.ndarray, filled: np.ndarray, names: Sequence[str], pat
         if truth is not None:
             ax.plot(truth[:, row], color="#bbbbbb", lw=2.0, label="truth")
         gaps = np.isnan(known[:, row])
-        put = np.where(gaps, filled[:, row], np.nan)
+        # The line reaches to the known values on either side.
+        near = gaps | np.append(gaps[1:], False) | np.insert(gaps[:-1], 0, False)
         ax.plot(known[:, row], color=_TRUTH, lw=1.0, label="known")
-        ax.plot(put, color=_MODEL, lw=1.0, marker=".", ms=4, label="filled in")
+        ax.plot(np.where(near, filled[:, row], np.nan), color=_MODEL, lw=1.0)
+        ax.plot(np.where(gaps, filled[:, row], np.nan), color=_MODEL, lw=1.0, marker=".", ms=4, label="filled in")
         ax.set_ylabel(names[row], fontsize=8)
     axes[0][0].legend(fontsize=7, frameon=False, ncols=3)
     axes[-1][0].set_xlabel("step", fontsize=8)
@@ -132,13 +135,18 @@ def plot_anomalies(
     below.set_xlabel("step", fontsize=8)
     if labels is not None:
         for ax in (line[0] for line in axes):
-            low, high = ax.get_ylim()
-            shade = {"color": _OTHER, "alpha": 0.35, "lw": 0, "step": "mid", "label": "true"}
-            ax.fill_between(steps, low, high, where=labels > 0, **shade)
-            ax.set_ylim(low, high)
+            for first, last in _runs(labels > 0):
+                ax.axvspan(first - 0.5, last + 0.5, color=_OTHER, alpha=0.4, lw=0, zorder=0)
+        axes[0][0].axvspan(np.nan, np.nan, color=_OTHER, alpha=0.4, lw=0, label="true anomaly")
     below.legend(fontsize=7, frameon=False)
     axes[0][0].legend(fontsize=7, frameon=False)
     _save(figure, path)
+
+
+def _runs(marked: np.ndarray) -> list[tuple[int, int]]:
+    """First and last index of every run of True."""
+    edges = np.diff(np.concatenate([[0], marked.astype(np.int8), [0]]))
+    return list(zip(np.flatnonzero(edges > 0).tolist(), (np.flatnonzero(edges < 0) - 1).tolist(), strict=True))
 
 
 def _grid(rows: int, columns: int, width: float = 3.0, height: float = 1.9) -> tuple[Figure, Any]:

@@ -88,7 +88,7 @@ class SeriesTask(Task):
 
     def note_score(self, score: float) -> None:
         """Called after each validation: keep the weights if they are the best, and end if there is no hope."""
-        if self.trainer.sanity_checking or not self.trainer.training:
+        if self.trainer.sanity_checking or self.trainer.state.fn != "fit":
             return
         if score < self._best["score"]:
             state = {key: value.detach().clone() for key, value in self.inference_net.state_dict().items()}

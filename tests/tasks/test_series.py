@@ -1,0 +1,489 @@
+"""Tasks on series: files, windows, forecasts, gaps, anomalies, classes; each through its public way in."""
+
+import argparse
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mamba_zoo.tasks import evaluate, load_task, train_once
+from mamba_zoo.tasks._gaps import interpolate, random_gaps, turn_gaps
+from mamba_zoo.tasks.labelled_series import LabelledSeries, read_parts, split_classes
+from mamba_zoo.tasks.series_data import SeriesData, fill_forward, season_of, split_rows
+from mamba_zoo.tasks.series_files import find_table, later_dates, read_table, read_ts, time_marks
+from mamba_zoo.tasks.series_windows import WatchedData, WindowData, laid_together, side_by_side
+
+CPU: dict[str, Any] = {"accelerator": "cpu"}
+
+
+def write_table(path: Path, rows: int = 400, dates: bool = True, spikes: tuple[int, ...] = ()) -> Path:
+    """Three series of period 24 with noise, hourly; spikes in all of them, and a column that says so."""
+    t = np.arange(rows)
+    rng = np.random.default_rng(0)
+    values = np.stack(
+        [np.sin(2 * np.pi * t / 24), np.cos(2 * np.pi * t / 24), 5 + 2 * np.sin(2 * np.pi * t / 12)], axis=1
+    )
+    values += 0.05 * rng.standard_normal(values.shape)
+    for at in spikes:
+        values[at] += 3
+    start = np.datetime64("2020-01-01T00:00:00")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*(["date"] if dates else []), "a", "b", "c", *(["label"] if spikes else [])])
+        for i, row in enumerate(values):
+            date = [str(start + np.timedelta64(i, "h")).replace("T", " ")] if dates else []
+            writer.writerow([*date, *map(repr, row.tolist()), *([int(i in spikes)] if spikes else [])])
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    return write_table(tmp_path_factory.mktemp("table") / "waves.csv")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def score(run: Path) -> None:
+    assert evaluate.test_main(["--checkpoint", str(run), "--device", "cpu"]) == 0
+
+
+def predict(run: Path, data: Path, out: Path, *flags: str) -> list[dict[str, str]]:
+    """The rows that `mamba-zoo predict` writes."""
+    given = ["--checkpoint", str(run), "--data", str(data), "--out", str(out), "--device", "cpu"]
+    assert evaluate.predict_main([*given, *flags]) == 0
+    return rows_of(out)
+
+
+@pytest.mark.parametrize(
+    ("dates", "step"),
+    [
+        (["2016-07-01 00:00:00", "2016-07-01 01:00:00"], 3600),
+        (["1990/1/1 0:00", "1990/1/2 0:00"], 86_400),
+        (["2021-05-01 00:00:00+00:00", "2021-05-01T00:30:00Z"], 1800),
+        (["1949-01", "1949-02"], 31 * 86_400),
+    ],
+)
+def test_reads_dates_as_they_are_written(tmp_path, dates, step):
+    path = tmp_path / "t.csv"
+    path.write_text(f"# a comment\nPeriod,x,y\n{dates[0]},1,\n{dates[1]},2.5,NA\n")
+    table = read_table(path)
+    assert table.names == ["x", "y"]
+    assert table.values[:, 0].tolist() == [1, 2.5]
+    assert np.isnan(table.values[:, 1]).all()
+    assert table.dates is not None
+    assert np.diff(table.dates).astype(np.int64).tolist() == [step]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("date,x\n2020-01-01,1\n2020-13,x\n", "'x' in column 'x' is no number"),
+        ("date,x\n2020-01-01,1\nyesterday,2\n", "'yesterday' in column 'date' is no date"),
+        ("x,y\n1,2\n3\n", "row 3: 1 cells for 2 columns"),
+        ("x\n", "no rows below its header"),
+    ],
+)
+def test_says_which_cell_of_a_table_is_wrong(tmp_path, text, message):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_table(path)
+
+
+def test_marks_and_later_dates():
+    dates = np.array(["2016-07-01T00:00:00", "2016-07-03T23:00:00"], dtype="datetime64[s]")
+    want = [[0 / 23, 4 / 6, 0 / 30, 182 / 365], [23 / 23, 6 / 6, 2 / 30, 184 / 365]]  # a Friday and a Sunday
+    np.testing.assert_allclose(time_marks(dates), np.array(want) - 0.5, atol=1e-6)
+    months = np.array(["2019-11-01", "2019-12-01", "2020-01-01"], dtype="datetime64[s]")
+    assert [str(d)[:7] for d in later_dates(months, 2)] == ["2020-02", "2020-03"]
+    assert season_of(months) == 12
+    hours = np.datetime64("2020-01-01T22:00:00") + np.arange(3).astype("timedelta64[h]")
+    assert str(later_dates(hours.astype("datetime64[s]"), 1)[0]) == "2020-01-02T01:00:00"
+    assert season_of(hours.astype("datetime64[s]")) == 24
+
+
+def test_splits_as_published():
+    assert split_rows(17_420, "auto", "ETTh1.csv") == (8640, 2880, 2880)
+    assert split_rows(69_680, "auto", "ETTm2.csv") == (34_560, 11_520, 11_520)
+    assert split_rows(7588, "auto", "exchange_rate.csv") == (5311, 760, 1517)
+    assert split_rows(100, "50/20/30", "x") == (50, 20, 30)
+    assert split_rows(1000, "500/100/200", "x") == (500, 100, 200)
+    for wrong in ("60/40", "a/b/c", "900/100/200", "0/50/50"):
+        with pytest.raises(ValueError, match="split="):
+            split_rows(1000, wrong, "x")
+
+
+def test_windows_are_scaled_by_training_rows_and_none_is_left_out(table):
+    data = SeriesData(str(table), 24, 12, batch_size=50)
+    values = read_table(table).values
+    train = values[:280]
+    scaled = (values - train.mean(0)) / train.std(0)
+    assert (data.in_chans, data.column_names, data.seasonal_steps) == (3, ["a", "b", "c"], 24)
+    np.testing.assert_allclose(data.mean, train.mean(0))
+    np.testing.assert_allclose(data.deviation, train.std(0))
+    assert [len(data.split(part)) for part in ("train", "val", "test")] == [245, 29, 69]
+    batches = list(data.test_dataloader())
+    assert [len(batch[0]) for batch in batches] == [50, 19]
+    x, y, marks, first = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert first.tolist() == list(range(320 - 24, 400 - 36 + 1))
+    np.testing.assert_allclose(x[-1], scaled[364:388], atol=1e-5)
+    np.testing.assert_allclose(y[-1], scaled[388:], atol=1e-5)
+    assert marks.shape == (69, 24, 4)
+    assert data.split("train")[3][0].shape == (24, 3)
+    assert data.correlation.startswith("permuted((")
+
+
+def test_missing_values_stop_or_are_read_as_the_one_before(tmp_path, table):
+    rows = table.read_text().splitlines()
+    rows[40] = ",".join([*rows[40].split(",")[:2], "", "nan"])
+    path = tmp_path / "gaps.csv"
+    path.write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="lacks 2 of 1,200 values, the first in column 'b', row 41"):
+        SeriesData(str(path), 24, 12).setup()
+    data = SeriesData(str(path), 24, 12, missing="previous")
+    x, y = data.split("train").__getitems__([20])[:2]
+    assert not x.isnan().any()
+    assert y.isnan().sum() == 0
+    assert data.split("train").__getitems__([10])[1].isnan().sum() == 2
+    assert fill_forward(torch.tensor([[torch.nan], [2.0], [torch.nan]])).flatten().tolist() == [0, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_len": 390}, "too few for windows of 390"),
+        ({"columns": ["a", "z"]}, "no column 'z'"),
+        ({"split": "1/2"}, "split="),
+        ({"seq_len": 1}, "seq_len=1"),
+    ],
+)
+def test_refuses_settings_that_cannot_work(table, options, message):
+    with pytest.raises(ValueError, match=message):
+        SeriesData(str(table), **{"pred_len": 12, **options}).setup()
+
+
+def test_a_forecaster_beats_the_simple_forecasts_and_writes_what_it_found(table, tmp_path):
+    data = SeriesData(str(table), 48, 12, batch_size=32)
+    result = train_once(
+        "dlinear", data, tmp_path / "run", max_epochs=8, model={"lr": 0.01, "schedule": "constant"}, trainer=CPU
+    )
+    test = result["test"]
+    assert result["MSE"] == test["mse"] < 0.02 * test["repeat_mse"]
+    assert test["mse"] < 1.2 * test["season_mse"] < 0.02 * test["repeat_mse"]
+    model: Any = load_task(tmp_path / "run")
+    with torch.no_grad():
+        errors = torch.cat([(model.predictions(batch) - batch[1]).square() for batch in data.test_dataloader()])
+    best = min(result["curve"], key=lambda row: row["val/mse"])
+    if best["epoch"] == 8:
+        assert float(errors.mean()) == pytest.approx(test["mse"], rel=1e-5)
+    score(tmp_path / "run")
+    by_step = rows_of(tmp_path / "run" / "horizon.csv")
+    assert [float(row["model_mse"]) for row in by_step] == pytest.approx(errors.mean((0, 2)).tolist(), rel=1e-4)
+    for picture in ("horizon.png", "forecasts.png"):
+        assert (tmp_path / "run" / picture).stat().st_size > 5000
+    out = tmp_path / "forecast.csv"
+    rows = predict(tmp_path / "run", table, out)
+    assert len(rows) == 12
+    assert rows[0]["date"] == "2020-01-17T16:00:00"
+    truth = np.sin(2 * np.pi * np.arange(400, 412) / 24)
+    assert np.abs(np.array([float(row["a"]) for row in rows]) - truth).mean() < 0.25
+    assert out.with_suffix(".png").exists()
+    rows = predict(tmp_path / "run", table, out, "--every", "100")
+    assert len(rows) == 4 * 12
+    assert rows[0]["a (truth)"]
+    assert rows[-1]["a (truth)"] == ""
+
+
+def test_the_best_epoch_is_what_remains(table, tmp_path):
+    data = SeriesData(str(table), 24, 6)
+    settings = {"lr": 1.0, "schedule": "constant"}  # so high that the last epoch is not the best
+    kept, last = (
+        train_once(
+            "series_linear", data, tmp_path / str(keep), max_epochs=8, model={**settings, "keep_best": keep},
+            trainer=CPU,
+        )
+        for keep in (True, False)
+    )  # fmt: skip
+    scores = [row["val/mse"] for row in kept["curve"]]
+    assert scores == [row["val/mse"] for row in last["curve"]]
+    module: Any = load_task(tmp_path / "True")  # best.ckpt
+    with torch.no_grad():
+        errors = torch.cat([(module.predictions(batch) - batch[1]).square() for batch in data.test_dataloader()])
+    assert kept["MSE"] == pytest.approx(float(errors.mean()), rel=1e-5)
+    assert min(scores) < scores[-1]
+    assert kept["MSE"] != last["MSE"]
+
+
+def test_patience_ends_a_run_that_gets_no_better(table, tmp_path):
+    settings = {"lr": 1e-30, "schedule": "constant", "patience": 2}
+    data = SeriesData(str(table), 24, 6)
+    result = train_once("series_linear", data, tmp_path, max_epochs=9, model=settings, trainer=CPU)
+    assert 3 <= len(result["curve"]) < 9
+
+
+def test_rates_follow_the_published_schedules(table, tmp_path):
+    data = SeriesData(str(table), 24, 6, batch_size=128)
+    # The rate of the epoch that follows each row.
+    for schedule, factors in {"halving": [1, 0.5, 0.25, 0.125], "decay": [1, 1, 1, 0.9]}.items():
+        settings = {"lr": 1e-3, "schedule": schedule}
+        result = train_once("series_linear", data, tmp_path / schedule, max_epochs=4, model=settings, trainer=CPU)
+        assert [row["lr"] for row in result["curve"]] == pytest.approx([1e-3 * factor for factor in factors])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("s_mamba", {"scan": "both_ways(correlation)", "net": {"dim": 8, "depth": 1}}),
+        ("timemachine", {"net": {"n1": 8, "n2": 4, "d_state": 2}}),
+        ("mambats", {"net": {"dim": 8, "depth": 1, "patch_size": 12}}),
+        ("series_mamba", {"net": {"dim": 8, "depth": 1, "use_norm": True}}),
+    ],
+)
+def test_every_model_trains_and_comes_back_from_its_checkpoint(table, tmp_path, name, options):
+    data = SeriesData(str(table), 24, 6, batch_size=128)
+    train_once(name, data, tmp_path, max_epochs=1, model=options, trainer=CPU)
+    model: Any = load_task(tmp_path)
+    assert model.name == name
+    if name == "s_mamba":
+        assert model.net.scan == f"both_ways({data.correlation})"
+    if name == "mambats":
+        assert model.net.count.sum() == 128 * 3  # one batch, three variates each
+        assert sorted(model.net.visit.tolist()) == [0, 1, 2]
+    batch = next(iter(data.test_dataloader()))
+    with torch.inference_mode():
+        forecast = model.predict_step(batch, 0)
+    assert forecast.shape == (75, 6, 3)
+    assert forecast.isfinite().all()
+
+
+def test_unknown_models_and_settings_are_refused(table):
+    from mamba_zoo.tasks.forecasting import Forecaster
+
+    with pytest.raises(ValueError, match="no model of series named 'vim_tiny'"):
+        Forecaster("vim_tiny")
+    with pytest.raises(ValueError, match="takes no argument 'widht'"):
+        Forecaster("s_mamba", net={"widht": 3})
+    with pytest.raises(ValueError, match="pred_len=0"):
+        Forecaster("s_mamba", pred_len=0)
+    with pytest.raises(ValueError, match="only mamba-zoo fit and compare know"):
+        Forecaster("s_mamba", scan="correlation")
+
+
+def test_gaps_cover_what_they_should_and_lines_close_them():
+    x = torch.randn(50, 60, 4)
+    for length, together in [(1, False), (5, False), (3, True)]:
+        hidden = random_gaps(x, 0.25, length, together)
+        assert hidden.float().mean() == pytest.approx(0.25, abs=0.03)
+        if together:
+            assert torch.equal(hidden, hidden[..., :1].expand_as(hidden))
+    generator = [torch.Generator().manual_seed(1) for _ in range(2)]
+    assert torch.equal(random_gaps(x, 0.3, 4, False, generator[0]), random_gaps(x, 0.3, 4, False, generator[1]))
+    turns = turn_gaps(x, 3, 4)
+    assert torch.equal(torch.stack(turns).sum(0), torch.ones(50, 60, 4, dtype=torch.int64))
+    hidden = random_gaps(x, 0.5, 6, False)
+    hidden[0, :, 0] = True
+    closed = interpolate(x, hidden)
+    steps = np.arange(60)
+    for b in range(3):
+        for v in range(4):
+            known = ~hidden[b, :, v].numpy()
+            want = np.interp(steps, steps[known], x[b, :, v].numpy()[known]) if known.any() else np.zeros(60)
+            np.testing.assert_allclose(closed[b, :, v], want, atol=1e-5)
+
+
+def test_windows_side_by_side_cover_every_row():
+    for rows, length in [(10, 5), (11, 5), (5, 5)]:
+        starts = side_by_side(rows, length)
+        parts = torch.arange(rows).float()[starts[:, None] + torch.arange(length)]
+        assert laid_together(rows, starts, parts).tolist() == list(range(rows))
+    assert laid_together(4, torch.tensor([0]), torch.ones(1, 2)).isnan().tolist() == [False, False, True, True]
+
+
+def test_an_imputer_beats_straight_lines_and_fills_a_table(table, tmp_path):
+    data = WindowData(str(table), 36, batch_size=16)
+    result = train_once(
+        "series_mamba", data, tmp_path / "run", max_epochs=10,
+        model={"lr": 0.01, "gap_length": 6, "net": {"dim": 16, "depth": 2}}, trainer=CPU, task="imputation",
+    )  # fmt: skip
+    assert result["test"]["mse"] < 0.6 * result["test"]["line_mse"]
+    values = read_table(table).values
+    lines = table.read_text().splitlines()
+    for i in range(101, 107):
+        cells = lines[i].split(",")
+        lines[i] = ",".join([cells[0], "", *cells[2:]])
+    gappy, out = tmp_path / "gappy.csv", tmp_path / "filled.csv"
+    gappy.write_text("\n".join(lines))
+    predict(tmp_path / "run", gappy, out)
+    filled = read_table(out)
+    np.testing.assert_allclose(filled.values[:, 1:], values[:, 1:], rtol=1e-4, atol=1e-5)
+    found, truth = filled.values[100:106, 0], values[100:106, 0]
+    assert np.abs(found - truth).max() < 0.5
+    score(tmp_path / "run")
+    assert (tmp_path / "run" / "gaps.png").stat().st_size > 5000
+
+
+def test_anomalies_score_higher_than_the_rest(tmp_path):
+    table = write_table(tmp_path / "spikes.csv", spikes=(330, 361, 390))
+    data = WatchedData(str(table), 32, batch_size=16)
+    assert data.column_names == ["a", "b", "c"]
+    result = train_once(
+        "series_mamba", data, tmp_path / "run", max_epochs=6, model={"lr": 0.01, "net": {"dim": 16, "depth": 2}},
+        trainer=CPU, task="anomaly",
+    )  # fmt: skip
+    assert result["test"]["auroc"] > 0.95
+    assert result["test"]["recall"] == 1.0
+    model: Any = load_task(tmp_path / "run")
+    assert float(model.threshold) > 0
+    rows = predict(tmp_path / "run", table, tmp_path / "scores.csv")
+    assert len(rows) == 400
+    highest = sorted(range(400), key=lambda i: -float(rows[i]["score"]))[:3]
+    assert set(highest) <= {i + d for i in (330, 361, 390) for d in (-1, 0, 1)}
+    assert {int(rows[i]["alarm"]) for i in (330, 361, 390)} == {1}
+    score(tmp_path / "run")
+    assert len(rows_of(tmp_path / "run" / "scores.csv")) == 80
+    assert (tmp_path / "run" / "scores.png").stat().st_size > 5000
+
+
+def test_labels_must_be_zero_or_one(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("x,anomaly\n" + "\n".join(f"{i},{i % 3}" for i in range(300)))
+    with pytest.raises(ValueError, match="labels in column 'anomaly' must be 0 or 1"):
+        WatchedData(str(path), 32).setup()
+
+
+TS = """# a comment
+@problemName Toy
+@timeStamps false
+@missing true
+@univariate false
+@dimensions 2
+@equalLength false
+@classLabel true up down
+@data
+1,2,?:4,5,6:up
+3,NaN:1,0:down
+"""
+
+
+def test_reads_ts_files_with_gaps_channels_and_several_lengths(tmp_path):
+    path = tmp_path / "Toy_TRAIN.ts"
+    path.write_text(TS)
+    found = read_ts(path)
+    assert (found.name, found.classes, found.labels, found.channels) == ("Toy", ["up", "down"], ["up", "down"], 2)
+    assert [len(one) for one in found.series] == [3, 2]
+    np.testing.assert_array_equal(found.series[0], [[1, 4], [2, 5], [np.nan, 6]])
+    path.write_text(TS.replace("@classLabel true up down", "@classLabel false").replace(":up", "").replace(":down", ""))
+    assert read_ts(path).labels == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("4,5,6:up", "4,5:up", "line 10: channels of"),
+        ("4,5,6:up", "4,5,6:sideways", "'sideways' is none of up, down"),
+        ("3,NaN:1,0:down", "3,4:down", "line 11: 1 channels, but the series before have 2"),
+        ("4,5,6:up", "4,x,6:up", "line 10: could not convert"),
+        ("@timeStamps false", "@timeStamps true", "time of every value"),
+        ("@data\n", "", "expected a header line"),
+    ],
+)
+def test_says_which_line_of_a_ts_file_is_wrong(tmp_path, old, new, message):
+    path = tmp_path / "Toy.ts"
+    path.write_text(TS.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        read_ts(path)
+
+
+def write_ts(folder: Path) -> Path:
+    """Rising and falling series of 8 to 20 steps."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for part, count in (("TRAIN", 40), ("TEST", 30)):
+        lines = ["@problemName Slopes", "@classLabel true down up", "@data"]
+        for i in range(count):
+            steps = np.arange(rng.integers(8, 21 if part == "TRAIN" else 25))
+            values = (1 if i % 2 else -1) * 0.1 * steps + 0.2 * rng.standard_normal(len(steps))
+            lines.append(",".join(f"{v:.4f}" for v in values) + f":{'up' if i % 2 else 'down'}")
+        (folder / f"Slopes_{part}.ts").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["series_mamba", "series_linear"])
+def test_a_classifier_learns_and_names_new_series(tmp_path, name):
+    folder = write_ts(tmp_path / "slopes")
+    data = LabelledSeries(str(folder), noise=0.05, scaling=0.05, crop=0.9, batch_size=8)
+    assert (data.classes, data.in_chans) == (["down", "up"], 1)
+    net = {"dim": 8, "depth": 1} if name == "series_mamba" else {}
+    result = train_once(name, data, tmp_path / "run", max_epochs=8, model={"lr": 0.02, "net": net}, trainer=CPU)
+    assert result["accuracy"] >= 0.9
+    score(tmp_path / "run")
+    assert (tmp_path / "run" / "confusion.png").exists()
+    file = folder / "Slopes_TEST.ts"
+    rows = predict(tmp_path / "run", file, tmp_path / "classes.csv")
+    found = [row["predicted"] for row in rows]
+    assert np.mean([a == b for a, b in zip(found, read_ts(file).labels, strict=True)]) >= 0.85
+
+
+def test_series_are_padded_augmented_and_split_class_by_class(tmp_path):
+    data = LabelledSeries(str(write_ts(tmp_path / "slopes")), val_fraction=0.2)
+    x, _, lengths = data.split("test").__getitems__(range(30))
+    assert x.shape == (30, 24, 1)
+    for one, length in zip(x, lengths, strict=True):
+        assert not one[length:].any()
+    val = data.split("val")
+    assert torch.bincount(val.targets).tolist() == [4, 4]
+    kept, apart = split_classes(torch.tensor([0, 0, 1, 1, 1]), 0.0, 0)
+    assert torch.equal(kept, apart)
+    changed = LabelledSeries(str(tmp_path / "slopes"), noise=1.0, crop=0.5)
+    one, _, cut = changed.split("train").__getitems__([0] * 50)
+    assert one.std(0).max() > 0.5
+    assert cut.min() < cut.max() <= changed.split("train").lengths[0]
+    assert not one[torch.arange(one.shape[1])[None] >= cut[:, None]].any()
+
+
+def test_bundled_data_need_nothing_else():
+    assert find_table("eeg").values.shape == (800, 4)
+    train, test = read_parts("digits")
+    assert (len(train.series), len(test.series), train.channels) == (1450, 347, 8)
+
+
+def test_data_of_sktime_say_how_to_get_them(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"mamba_zoo\[series\]"):
+        find_table("sktime:Airline")
+
+
+def test_orders_of_variates_are_compared(table, tmp_path):
+    from mamba_zoo.compare import orders
+
+    comparison = orders(
+        "s_mamba", str(table), ["bidirectional", "correlation"], 1, 1, tmp_path, [], task="forecasting",
+        data_options={"seq_len": 24, "pred_len": 6, "batch_size": 64},
+        model_options={"net": {"dim": 8, "depth": 1}}, trainer_options=CPU,
+    )  # fmt: skip
+    assert [order.scan for order in comparison.orders] == ["bidirectional", "correlation"]
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.skipif("MAMBA_ZOO_DATA" not in os.environ, reason="MAMBA_ZOO_DATA names no folder of data sets")
+def test_etth1_is_split_and_scaled_as_published():
+    source = next(Path(os.environ["MAMBA_ZOO_DATA"]).rglob("ETTh1.csv"))
+    data = SeriesData(str(source), 96, 96, batch_size=512)
+    assert [len(data.split(part)) for part in ("train", "val", "test")] == [8449, 2785, 2785]
+    squared = torch.cat([(x[:, -1:] - y).square() for x, y, *_ in data.test_dataloader()])
+    assert float(squared.mean()) == pytest.approx(1.2944, abs=1e-3)  # published for the repeated last value: 1.295
+
+
+def test_flags_of_predict():
+    from mamba_zoo.tasks.forecasting import Forecaster
+
+    parser = argparse.ArgumentParser()
+    Forecaster.predict_arguments(parser)
+    assert parser.parse_args(["--every", "5"]).every == 5
