@@ -44,6 +44,10 @@ class DirectionAwareSSM(SelectiveSSM):
         self.direction_B = nn.Parameter(torch.empty(5, d_state, device=device, dtype=dtype))
         trunc_normal_(self.direction_B, std=0.02)
 
+    def called_as_this(self, layer: nn.Module) -> nn.Module:
+        """`layer`, called with an order and a grid."""
+        return _OfGrid(layer)
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - an order and a grid are needed
         self, u: Tensor, order: Tensor, grid: tuple[int, int]
     ) -> Tensor:
@@ -67,6 +71,17 @@ class DirectionAwareSSM(SelectiveSSM):
             return scan(u, order=order, reduce="sum")
         y = scan(_spread(u, routes.source, routes.inverse), order=routes.order)
         return _collect(y, routes.source, routes.inverse)
+
+
+class _OfGrid(nn.Module):
+    """Another layer in the place of a `DirectionAwareSSM`: its directions are summed, and it does not see moves."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, u: Tensor, order: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.layer(u, order=order, reduce="sum")
 
 
 class _Routes:

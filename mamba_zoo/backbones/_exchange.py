@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from timm.layers._fx import register_notrace_module
-from torch import Tensor, nn
+from torch import nn
 
-from ._direction import DirectionAwareSSM
 from ._mamba2 import DualSSM
 from ._mamba3 import TrapezoidSSM
 from ._ssm import SelectiveSSM
@@ -46,18 +43,4 @@ def exchange(model: nn.Module, mixer: str, name: str = "this model") -> None:
     for parent, key, old in places:
         k, dim, states = old.A_log.shape
         new = LAYERS[mixer](dim, states, k, device=old.A_log.device, dtype=old.A_log.dtype)
-        setattr(parent, key, _OfGrid(new) if isinstance(old, DirectionAwareSSM) else new)
-
-
-class _OfGrid(nn.Module):
-    """In the place of a `DirectionAwareSSM`: one set of parameters, directions summed; it does not see moves."""
-
-    def __init__(self, ssm: nn.Module):
-        super().__init__()
-        self.ssm = ssm
-
-    def forward(self, u: Tensor, order: Tensor, grid: Any) -> Tensor:
-        return self.ssm(u, order=order, reduce="sum")
-
-
-register_notrace_module(_OfGrid)
+        setattr(parent, key, old.called_as_this(new))

@@ -52,7 +52,7 @@ def trapezoid(
         B: Input maps `(b, l, k, h, n)`.
         C: Output maps, likewise.
         D: Skip weights `(k, h)`.
-        order: `(k, m)` or `(b, k, m)`. At an empty step nothing happens.
+        order: `(k, m)` or `(b, k, m)`. An empty step is a token of zeros with a step size of zero.
         reduce: None, "sum" or "mean" over directions.
         cu_seqlens: `(s + 1,)` token boundaries of packed sequences.
 

@@ -158,6 +158,10 @@ class SelectiveSSM(nn.Module):
             out_dtype=torch.float32 if B.dtype == torch.float16 else None,
         )
 
+    def called_as_this(self, layer: nn.Module) -> nn.Module:
+        """`layer`, which is called like a `SelectiveSSM`, so that it can take the place of this one; see `mixer=`."""
+        return layer
+
     def decay(self) -> Tensor:
         """The decay rates A `(k, d, n)`, negative, in float32 at least."""
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))

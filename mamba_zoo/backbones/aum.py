@@ -44,6 +44,10 @@ class SharedSSM(SelectiveSSM):
         super().__init__(dim, d_state, dt_rank, device=device, dtype=dtype)
         self.A_log = nn.Parameter(self.A_log.detach().expand(k, -1, -1).clone())
 
+    def called_as_this(self, layer: nn.Module) -> nn.Module:
+        """`layer`, its directions summed."""
+        return _Summed(layer)
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - all of its directions are gated and summed
         self, u: Tensor, z: Tensor, order: Tensor, cu_seqlens: Tensor | None = None
     ) -> Tensor:
@@ -65,6 +69,17 @@ class SharedSSM(SelectiveSSM):
             cu_seqlens=cu_seqlens,
             out_dtype=torch.float32 if B.dtype == torch.float16 else None,
         )
+
+
+class _Summed(nn.Module):
+    """Another layer in the place of a `SharedSSM`."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, u: Tensor, z: Tensor, order: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self.layer(u, z, order, "sum", cu_seqlens)
 
 
 class SharedMamba(nn.Module):
