@@ -380,13 +380,13 @@ def videomamba_middle_video(pretrained: bool = False, **kwargs: Any) -> VideoMam
         "mamba_zoo",
         "Apache-2.0",
         "2403.06977",
-        241_680,
+        247_824,
         drop_path=0.1,
         notes="Not published: for small clips.",
     ),
     **{**_VIDEO_CFG, "num_classes": 400, "input_size": (3, 32, 32)},
 )
 def videomamba_mini_video(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
-    """A small VideoMamba of our own for clips of 16 to 64 pixels: patches of 4, six blocks, 0.2 M parameters."""
-    args = {"img_size": 32, "patch_size": 4, "dim": 64, "depth": 6, "d_state": 8, **kwargs}
+    """A small VideoMamba of our own for clips of 24 to 64 pixels: patches of 8, six blocks, 0.2 M parameters."""
+    args = {"img_size": 32, "patch_size": 8, "dim": 64, "depth": 6, "d_state": 8, **kwargs}
     return _build_video("videomamba_mini_video", pretrained, **args)

@@ -18,9 +18,9 @@ from .canvases import digits_of
 from .image_files import EXTENSIONS, BadImageError, read_image
 
 VIDEO_EXTENSIONS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"})
-MOTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
+MOTIONS = ("right", "down", "left", "up")
 SIZE, FRAMES = 24, 8
-COUNTS = {"train": 640, "val": 120, "test": 240}
+COUNTS = {"train": 1000, "val": 120, "test": 240}
 _SPLITS = ("train", "val", "test")
 _DIGIT = 12  # pixels
 
@@ -34,12 +34,12 @@ class Moving(NamedTuple):
 
     split: Literal["train", "val", "test"]
     seed: int
-    index: int
+    number: int
 
     @property
     def motion(self) -> int:
         """Its class number: motions come by turns."""
-        return self.index % len(MOTIONS)
+        return self.number % len(MOTIONS)
 
 
 def is_clip(path: Path) -> bool:
@@ -131,13 +131,13 @@ def _by_number(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=4096)
 def _draw(clip: Moving) -> NDArray[np.uint8]:
     """`(FRAMES, SIZE, SIZE, 3)`: where a digit stands in the middle of a clip says nothing of where it goes."""
-    draw = np.random.default_rng([clip.seed, _SPLITS.index(clip.split), clip.index, 1])
+    draw = np.random.default_rng([clip.seed, _SPLITS.index(clip.split), clip.number, 1])
     pixels, _ = digits_of(clip.split)
     shape = Image.fromarray(pixels[int(draw.integers(len(pixels)))]).resize((_DIGIT, _DIGIT), Image.Resampling.BICUBIC)
-    angle = clip.motion * np.pi / 4
+    angle = clip.motion * np.pi / 2
     step = draw.uniform(0.9, 1.4) * np.array([np.cos(angle), np.sin(angle)])
     middle = (SIZE - _DIGIT) / 2 + draw.uniform(-4, 4, 2)
     ground, colour = draw.uniform(0, 0.35, 3), draw.uniform(0.6, 1.0, 3)

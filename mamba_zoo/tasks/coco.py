@@ -77,13 +77,13 @@ def read_coco(
         raise FileNotFoundError(f"no annotation file {file}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        entries, objects, categories = (content[key] for key in ("images", "annotations", "categories"))
+        entries, objects = content["images"], content["annotations"]
+        categories = sorted(content["categories"], key=lambda c: c["id"])
+        numbers, names = {c["id"]: i for i, c in enumerate(categories)}, [str(c["name"]) for c in categories]
     except (ValueError, KeyError, TypeError) as error:
         raise AnnotationError(
             f"{file} is no annotation file in COCO's format ({error}); it needs images, annotations and categories"
         ) from None
-    names = [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
-    numbers = {c["id"]: i for i, c in enumerate(sorted(categories, key=lambda c: c["id"]))}
     if not entries:
         raise AnnotationError(f"{file} lists no image")
     if classes is not None and names != classes:

@@ -69,6 +69,7 @@ class DetectorNet(Dense):
         size: Pixels of the shorter side that images are resized to; None leaves them as they are.
         max_size: Most pixels of the longer side.
         anchor_size: Pixels of the smallest anchors' sides; None follows the strides.
+        rois: Regions of an image that the second stage learns from. Of each image, four times as many are proposed.
         mean: Of the colours.
         std: Likewise.
     """
@@ -83,6 +84,7 @@ class DetectorNet(Dense):
         size: int | None = None,
         max_size: int = 1333,
         anchor_size: int | None = None,
+        rois: int = 512,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -105,6 +107,9 @@ class DetectorNet(Dense):
             first = anchor_size or 8 * strides[0]
             sizes = tuple((first * s // strides[0],) for s in strides)
             options["rpn_anchor_generator"] = AnchorGenerator(sizes, (_RATIOS,) * len(sizes))
+            options |= {"box_batch_size_per_image": rois, "rpn_batch_size_per_image": min(256, rois)}
+            for when, factor in (("train", 4), ("test", 2)):
+                options |= {f"rpn_{k}_nms_top_n_{when}": factor * rois for k in ("pre", "post")}
             self.detector = _two_stages(head, num_classes + 1, hidden, backbone, options)
         if size is None:
             self.detector.transform.resize = _as_it_is
@@ -125,6 +130,7 @@ class Detector(Task):
         img_size: Pixels of the shorter side that images are resized to; None leaves them as they are.
         max_size: Most pixels of the longer side.
         anchor_size: Pixels of the smallest anchors' sides; None follows the strides of the maps, as published.
+        rois: Regions of an image that a second stage learns from; fewer will do for small images.
         out_indices: Which maps of the backbone, such as [1, 2, 3]; None takes its own choice.
         fpn_channels: Of the feature pyramid.
         hidden: Width of the second stage.
@@ -173,6 +179,7 @@ class Detector(Task):
         img_size: int | None = None,
         max_size: int = 1333,
         anchor_size: int | None = None,
+        rois: int = 512,
         out_indices: list[int] | None = None,
         fpn_channels: int = 256,
         hidden: int = 1024,
@@ -195,7 +202,16 @@ class Detector(Task):
         class_names = class_names or [str(i) for i in range(10)]
         maps = Maps(name, scan, img_size, pretrained, checkpoint_path, drop_path_rate, out_indices, options)
         net = DetectorNet(
-            maps, head, len(class_names), fpn_channels, hidden, img_size, max_size, anchor_size, *statistics_of(name)
+            maps,
+            head,
+            len(class_names),
+            fpn_channels,
+            hidden,
+            img_size,
+            max_size,
+            anchor_size,
+            rois,
+            *statistics_of(name),
         )
         super().__init__(
             net, name, opt, lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze

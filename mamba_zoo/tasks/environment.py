@@ -34,6 +34,7 @@ PACKAGES: tuple[tuple[str, str, bool, str], ...] = (
     ("soundfile", "soundfile", False, "reading wav and flac"),
     ("torch-geometric", "torch_geometric", False, "graph models"),
     ("open3d", "open3d", False, "reading meshes and point clouds"),
+    ("pycocotools", "pycocotools", False, "scores of detection"),
 )
 
 

@@ -57,7 +57,7 @@ class VideoClassifier(Classifier):
         self,
         name: str = "videomamba_mini_video",
         scan: str | None = None,
-        num_classes: int = 8,
+        num_classes: int = 4,
         img_size: int | None = None,
         num_frames: int = 8,
         pretrained: bool = False,

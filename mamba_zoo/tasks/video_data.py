@@ -67,7 +67,7 @@ class VideoData(TaskData):
 
     Args:
         root: "moving-digits", clips of 8 frames of 24x24 pixels in which a handwritten digit of scikit-learn moves in
-            one of eight directions, which no single frame shows; or a folder. It holds `train/` with `val/` or `test/`
+            one of four directions, which no single frame shows; or a folder. It holds `train/` with `val/` or `test/`
             or both, each with one folder a class; or the class folders themselves, split automatically. A clip is a
             folder of frames (`CLASS/CLIP/00001.jpg`), or a video file where torchcodec is installed.
         model_name: The model to be trained: where not given, image size and statistics are the ones it expects.
