@@ -93,7 +93,9 @@ def run(job: Job, data: str, out: str, device: str, epochs: Mapping[str, int], s
         settings["options"] = {**settings.get("options", {}), "groups": 16, "group_size": 8, "dim": 32, "depth": 6}
     if small:
         settings |= {"num_points": 128, "votes": 1} if job.what == "shapes" else {"num_points": 128}
-        loader["points"] = 128
+        loader |= {"points": 128, "repeats": 1}
+        if job.model == "pointnet2":
+            settings["options"] = {"centres": [64, 16]}
     started = time.perf_counter()
     if job.start == "pretrained":
         auto = {key: settings[key] for key in ("num_points", "scale", "translate", "rotate", "tilt", "flip", "lr")}

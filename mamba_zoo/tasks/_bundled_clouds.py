@@ -50,7 +50,7 @@ def solid_clouds(per_class: int = 40) -> tuple[np.ndarray, np.ndarray, np.ndarra
             pieces = makers[name](draw)
             part = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
             keep = draw.permutation(len(part))[:_SOLID_POINTS]
-            clouds.append(np.concatenate(pieces)[keep])
+            clouds.append(np.concatenate(pieces)[keep][:, [1, 2, 0]])  # y points upwards
             parts.append(part[keep])
             labels.append(label)
     return np.stack(clouds).astype(np.float32), np.array(labels), np.stack(parts).astype(np.int64)
