@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ._init import init_uniform_
 
-ATOM_SIZES = (119, 5, 12, 12, 10, 6, 6, 2, 2)  # values of each atom feature of OGB, and of PyG's `from_smiles`
-BOND_SIZES = (5, 6, 2)
+# Values of each integer feature: of OGB's molecules, and of those that PyG's `from_smiles` makes.
+ATOM_SIZES = {"atom": (119, 5, 12, 12, 10, 6, 6, 2, 2), "smiles": (119, 9, 11, 12, 9, 5, 8, 2, 2)}
+BOND_SIZES = {"bond": (5, 6, 2), "smiles": (22, 6, 2)}
 
 
 class GatedGCN(nn.Module):

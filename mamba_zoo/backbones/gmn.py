@@ -104,8 +104,8 @@ class GMN(GraphModel):
         scan: Order of the nodes, as for `GraphMamba`; the directions of "both_ways(degree)" make the layers
             bidirectional, as in the paper.
         local: Message passing beside each layer over nodes, added to it: "gated", "gcn", "gin" or "none".
-        encoder: "linear", or "atom" for the nine integers of OGB molecules.
-        edges: Edge features that `local` reads: "linear", "bond", or "none" for edges all alike.
+        encoder: As for `GraphMamba`.
+        edges: Edge features that `local` reads, as for `GraphMamba`.
         edge_chans: Edge features read by "linear".
         pe: Positions beside the features: "none", "lap" or "rwse".
         pe_dim: Part of the width that positions take.

@@ -91,7 +91,7 @@ class NodeEncoder(nn.Module):
     Args:
         in_chans: Node features; ignored for atoms.
         dim: Width.
-        kind: "linear", or "atom" for the nine integers of OGB molecules.
+        kind: "linear", "atom" for the nine integers of OGB molecules, or "smiles" for those of PyG's.
         pe: "none", "lap" or "rwse".
         pe_dim: Part of the width that positions take.
         pe_steps: Steps of the random walk, for "rwse".
@@ -107,11 +107,11 @@ class NodeEncoder(nn.Module):
     ):  # fmt: skip
         super().__init__()
         dd: Any = {"device": device, "dtype": dtype}
-        if kind not in ("linear", "atom") or pe not in PE:
-            raise ValueError(f"encoder={kind!r} must be 'linear' or 'atom', and pe={pe!r} one of {PE}")
+        if kind not in ("linear", *ATOM_SIZES) or pe not in PE:
+            raise ValueError(f"encoder={kind!r} must be one of {('linear', *ATOM_SIZES)}, and pe={pe!r} one of {PE}")
         own = dim - (pe_dim if pe != "none" else 0)
         self.in_chans, self.kind = in_chans, kind
-        self.x = Sum(ATOM_SIZES, own, **dd) if kind == "atom" else nn.Linear(in_chans, own, **dd)
+        self.x = nn.Linear(in_chans, own, **dd) if kind == "linear" else Sum(ATOM_SIZES[kind], own, **dd)
         made = {"lap": lambda: LaplacianPE(pe_dim, **dd), "rwse": lambda: RandomWalkPE(pe_dim, pe_steps, **dd)}
         self.pe = made[pe]() if pe != "none" else None
         self.norm = nn.BatchNorm1d(dim, **dd) if norm else None
@@ -148,8 +148,9 @@ class GraphMamba(GraphModel):
         scan: Order of the nodes: a graph order such as "degree", a spec such as "both_ways(rcm)", or "none" for a model
             without scans, as a control. An order that `AddOrder` prepared is taken from the data.
         local: Message passing: "gated" (published), "gcn", "gin" or "none".
-        encoder: "linear", or "atom" for the nine integers of OGB molecules.
-        edges: Edge features: "linear", "bond" for the three integers of OGB molecules, or "none" for edges all alike.
+        encoder: "linear", "atom" for the nine integers of OGB molecules, or "smiles" for those of PyG's MoleculeNet.
+        edges: Edge features: "linear", "bond" or "smiles" for the three integers of either's molecules, or "none" for
+            edges all alike.
         edge_chans: Edge features read by "linear".
         pe: Positions beside the features: "none", "lap" (Laplacian eigenvectors) or "rwse" (random walks).
         pe_dim: Part of the width that positions take.
@@ -269,13 +270,13 @@ def edge_encoder(kind: str, in_chans: int, dim: int, **dd: Any) -> nn.Module:
     Raises:
         ValueError: unknown `kind`.
     """
-    if kind == "bond":
-        return Sum(BOND_SIZES, dim, **dd)
+    if kind in BOND_SIZES:
+        return Sum(BOND_SIZES[kind], dim, **dd)
     if kind == "linear":
         return nn.Linear(in_chans, dim, **dd)
     if kind == "none":
         return EveryEdge(dim, **dd)
-    raise ValueError(f"edges={kind!r} is unknown; choose 'linear', 'bond' or 'none'")
+    raise ValueError(f"edges={kind!r} is unknown; choose 'linear', 'bond', 'smiles' or 'none'")
 
 
 def encode_edges(encoder: nn.Module, data: Any) -> Tensor:

@@ -81,16 +81,15 @@ class GraphSource(TaskData):
 
     @property
     def encoder(self) -> str:
-        """The encoder of nodes: "atom" for the nine integers of OGB molecules, else "linear"."""
-        return "linear" if self.graphs[0].x.is_floating_point() or self.in_chans != 9 else "atom"
+        """The encoder of nodes: "smiles" for molecules of MoleculeNet, else "linear"."""
+        return "smiles" if self.root.startswith("moleculenet:") else "linear"
 
     @property
     def edges(self) -> str:
-        """The encoder of edges: "none", "bond" for the three integers of OGB molecules, or "linear"."""
-        features = self.graphs[0].get("edge_attr")
-        if features is None:
+        """The encoder of edges: "none", "smiles" for molecules of MoleculeNet, or "linear"."""
+        if self.graphs[0].get("edge_attr") is None:
             return "none"
-        return "bond" if self.encoder == "atom" and not features.is_floating_point() else "linear"
+        return "smiles" if self.encoder == "smiles" else "linear"
 
     @property
     def in_chans(self) -> int:
