@@ -250,7 +250,12 @@ class Detector(Task):
     @classmethod
     def predict_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Which objects are written, and whether pictures are."""
-        parser.add_argument("--score", type=float, default=0.5, help="least score of an object (default: 0.5)")
+        parser.add_argument(
+            "--score",
+            type=float,
+            default=0.5,
+            help="least score of an object; under 0.05 there are none (default: 0.5)",
+        )
         parser.add_argument("--no-pictures", action="store_true", help="write predictions.json only")
 
     def predict_files(self, args: argparse.Namespace) -> str:

@@ -244,8 +244,10 @@ def test_predictions_are_files_and_pictures(task, few, tmp_path, monkeypatch, ca
         Image.fromarray(canvas.image).crop((0, 0, 64, 50)).save(tmp_path / "photos" / ("more/1.png" if i else "0.png"))
     options = {"model.name": FAST, "model.options": "null", "trainer.max_epochs": 1, "trainer.accelerator": "cpu"}
     options["model.out_indices"] = "[1,2]"
-    if task == "instance-segmentation":
+    if task != "semantic-segmentation":
         options |= {"model.rois": 16, "model.hidden": 32}
+    if task == "object-detection":
+        options["model.head"] = "faster_rcnn"
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     assert main(["fit", "--task", task, "--out", "run", *flags]) == 0
     assert main(["test", "--checkpoint", "run", "--device", "cpu"]) == 0
