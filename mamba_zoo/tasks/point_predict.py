@@ -87,7 +87,7 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 
 def _label(model: PartSegmenter, path: Path, shape: str | None) -> int:
-    name = path.parent.name if shape is None else shape
+    name = path.resolve().parent.name if shape is None else shape
     if name in model.class_names:
         return model.class_names.index(name)
     where = f"the folder of {path}" if shape is None else "--shape"
