@@ -11,7 +11,7 @@ help:  ## this list
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[audio,cuda,detection,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[audio,cuda,detection,dev,graph]'
 	touch $@
 
 demo: $(VENV)/ready  ## fine-tune a small VMamba on digits with several scan orders, print the ranking, write a report
