@@ -254,7 +254,7 @@ class Detector(Task):
             "--score",
             type=float,
             default=0.5,
-            help="least score of an object; under 0.05 there are none (default: 0.5)",
+            help="least score, from 0.05 (default: 0.5)",
         )
         parser.add_argument("--no-pictures", action="store_true", help="write predictions.json only")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,9 @@ def _named_configs(args: Sequence[str]) -> tuple[list[Path], list[str]]:
         name = value if equals else (args[i + 1] if i + 1 < len(args) else "")
         known = shipped()
         if not Path(name).is_file() and name not in known:
-            raise FileNotFoundError(f"no recipe {name}; give a YAML file, or one of {', '.join(known)}")
+            near = difflib.get_close_matches(name.removesuffix(".yaml"), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"give a YAML file, or one of {', '.join(known)}"
+            raise FileNotFoundError(f"no recipe {name}; {hint}")
         configs.append(Path(name) if Path(name).is_file() else known[name])
         i += 1 if equals else 2
     return configs, rest
