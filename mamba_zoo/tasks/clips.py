@@ -20,7 +20,7 @@ from .image_files import EXTENSIONS, BadImageError, read_image
 VIDEO_EXTENSIONS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"})
 MOTIONS = ("right", "down", "left", "up")
 SIZE, FRAMES = 24, 8
-COUNTS = {"train": 1000, "val": 120, "test": 240}
+COUNTS = {"train": 3000, "val": 120, "test": 240}
 _SPLITS = ("train", "val", "test")
 _DIGIT = 12  # pixels
 

@@ -125,7 +125,7 @@ class Detector(Task):
     Args:
         name: As in `mamba_zoo.list_models()`, or any model of timm that offers feature maps.
         scan: Scan order; None is the published one.
-        head: "retinanet" or "faster_rcnn".
+        head: "faster_rcnn" or "retinanet", for instance-segmentation "mask_rcnn"; None is the first of these.
         class_names: In the order of the class numbers, without the background.
         img_size: Pixels of the shorter side that images are resized to; None leaves them as they are.
         max_size: Most pixels of the longer side.
@@ -168,13 +168,13 @@ class Detector(Task):
         "mask_map_75": "mask mAP at IoU 0.75",
         "mask_mar_100": "mask recall",
     }
-    heads: ClassVar[tuple[str, ...]] = ("retinanet", "faster_rcnn")
+    heads: ClassVar[tuple[str, ...]] = ("faster_rcnn", "retinanet")
 
     def __init__(
         self,
         name: str = "vmamba_mini",
         scan: str | None = None,
-        head: str = "retinanet",
+        head: str | None = None,
         class_names: list[str] | None = None,
         img_size: int | None = None,
         max_size: int = 1333,
@@ -197,6 +197,7 @@ class Detector(Task):
         ema_decay: float | None = None,
         freeze: Literal["none", "backbone", "bn"] = "none",
     ) -> None:
+        head = head or self.heads[0]
         if head not in self.heads:
             raise ValueError(f"head={head!r} is unknown here; choose one of {', '.join(self.heads)}")
         class_names = class_names or [str(i) for i in range(10)]
