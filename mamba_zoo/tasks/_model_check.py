@@ -39,7 +39,7 @@ def check_model(
         FileNotFoundError: no such file.
     """
     net, preprocess = _load(name, checkpoint, image_size)
-    x = _input(input_file, preprocess).to(device)
+    x = (_noise(net, name, image_size) if input_file is None else _read(input_file, preprocess)).to(device)
     net = net.to(device).train(train)
     dtype = PRECISIONS[precision]
     with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
@@ -64,14 +64,26 @@ def _load(name: str | None, checkpoint: str | None, image_size: int | None) -> t
         raise ValueError("give --model NAME, or --checkpoint with a run of mamba-zoo fit")
     import mamba_zoo
 
-    cfg = mamba_zoo.create_model(name, checkpoint_path=checkpoint) if checkpoint else mamba_zoo.create_model(name)
-    return cfg, Preprocess.for_model(name, image_size, 3)
+    net = mamba_zoo.create_model(name, checkpoint_path=checkpoint) if checkpoint else mamba_zoo.create_model(name)
+    pictures = mamba_zoo.model_card(name).modality in ("image", "video") if mamba_zoo.list_models(name) else True
+    return net, Preprocess.for_model(name, image_size, 3) if pictures else None
 
 
-def _input(path: str | None, preprocess: Any) -> Tensor:
-    if path is None:
-        draw = torch.Generator().manual_seed(0)
-        return torch.randn(2, preprocess.in_chans, preprocess.size, preprocess.size, generator=draw)
+def _noise(net: nn.Module, name: str | None, image_size: int | None) -> Tensor:
+    """Two random inputs of the model's own size, or of images of `image_size` pixels."""
+    from mamba_zoo._counting import default_input
+
+    torch.manual_seed(0)
+    one = default_input(net)
+    if one is None:
+        raise ValueError(f"{name or type(net).__name__} does not say which inputs it takes; give one with --input FILE")
+    shape = list(one.shape[1:])
+    if image_size is not None:
+        shape[-2:] = [image_size, image_size]
+    return torch.randn(2, *shape)
+
+
+def _read(path: str, preprocess: Any) -> Tensor:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no input file {path}")
@@ -84,6 +96,8 @@ def _input(path: str | None, preprocess: Any) -> Tensor:
         if not isinstance(value, Tensor):
             raise ValueError(f"{path} holds a {type(value).__name__}; a tensor is needed")
         return value
+    if preprocess is None:
+        raise ValueError(f"{path} is no tensor, and this model takes no pictures; give a .pt or .npy file")
     from .image_files import read_image
     from .image_transforms import eval_transform
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mamba_zoo.tasks.train import train_once
 
 OPTIONS: dict[str, Any] = {"groups": 12, "group_size": 6, "dim": 32, "depth": 2, "d_state": 4}
 CPU = {"accelerator": "cpu"}
-PSB = Path("/work/shared/data/pointcloud/labeled_psb")
+PSB = Path(os.environ.get("MAMBA_ZOO_DATA", "data")) / "pointcloud" / "labeled_psb"
 
 
 @pytest.fixture
