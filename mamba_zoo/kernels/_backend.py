@@ -21,10 +21,12 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 _override: list[str] = []
 
 
-def refusals(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+def refusals(
+    device: torch.device | str, dtype: torch.dtype = torch.float32, op: str = "selective_scan"
+) -> dict[str, str | None]:
     """For every backend, fastest first: None if it can serve `dtype` on `device`, else the reason it cannot."""
     kind = torch.device(device).type
-    return {name: _package(name).refuse(kind, dtype) for name in BACKENDS}
+    return {name: _refuse(name, kind, dtype, op) for name in BACKENDS}
 
 
 def choose(requested: str, device: torch.device, dtype: torch.dtype, op: str = "selective_scan") -> str:
@@ -76,6 +78,10 @@ def _package(name: str) -> ModuleType:
     return importlib.import_module(f"mamba_zoo.kernels._{name}")
 
 
+def _refuse(name: str, kind: str, dtype: torch.dtype, op: str) -> str | None:
+    return _package(name).refuse(kind, dtype) if _has(name, op) else f"it has no {op}"
+
+
 @lru_cache(maxsize=64)
 def _has(backend: str, op: str) -> bool:
     return importlib.util.find_spec(f"mamba_zoo.kernels._{backend}.{op}") is not None
@@ -85,7 +91,7 @@ def _has(backend: str, op: str) -> bool:
 def _fastest(kind: str, dtype: torch.dtype, op: str) -> str:
     refused, name = {}, "reference"
     for name in BACKENDS:
-        reason = _package(name).refuse(kind, dtype) if _has(name, op) else f"it has no {op}"
+        reason = _refuse(name, kind, dtype, op)
         if reason is None and (name, kind) != ("triton", "cpu"):  # its interpreter is only for whoever asks for it
             break
         refused[name] = reason

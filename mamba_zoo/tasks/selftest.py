@@ -67,7 +67,7 @@ def check_kernels(device_types: list[str] | None = None) -> Iterator[Check]:
 
 def _check(op: str, case: Callable[[], dict], device: str, dtype: torch.dtype) -> Check:
     try:
-        reasons = refusals(device, dtype)
+        reasons = refusals(device, dtype, op)
     except Exception as error:
         reasons = {name: describe(error) if name != "reference" else None for name in BACKENDS}
     backend = next(name for name, why in reasons.items() if why is None and (name, device) != ("triton", "cpu"))
@@ -138,7 +138,28 @@ def _conv_case() -> dict:
     }
 
 
-_CASES: dict[str, Callable[[], dict]] = {"selective_scan": _scan_case, "causal_conv1d": _conv_case}
+def _dual_case() -> dict:
+    b, l, k, h, p, g, n = 2, 67, 2, 4, 16, 2, 16
+    draw = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(l, generator=draw) for _ in range(k)])
+    return {
+        "x": torch.randn(b, l, h, p, generator=draw),
+        "dt": torch.randn(b, l, k, h, generator=draw) - 1,
+        "A": -torch.rand(k, h, generator=draw) - 0.2,
+        "B": torch.randn(b, l, k, g, n, generator=draw),
+        "C": torch.randn(b, l, k, g, n, generator=draw),
+        "D": torch.randn(k, h, generator=draw),
+        "order": order,
+        "dt_bias": torch.randn(k, h, generator=draw) * 0.1,
+        "dt_softplus": True,
+    }
+
+
+_CASES: dict[str, Callable[[], dict]] = {
+    "selective_scan": _scan_case,
+    "causal_conv1d": _conv_case,
+    "ssd": _dual_case,
+}
 
 
 def unchecked() -> list[str]:

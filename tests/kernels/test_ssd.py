@@ -35,7 +35,7 @@ def backend_params() -> list[Any]:
             marks.append(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 marks.append(pytest.mark.skip(reason="this machine has no CUDA device"))
-            elif reason := refusals(device)[backend]:
+            elif reason := refusals(device, op="ssd")[backend]:
                 marks.append(pytest.mark.skip(reason=reason))
         params.append(pytest.param((backend, device), marks=marks, id=f"{backend}-{device}"))
     return params
@@ -243,7 +243,7 @@ def test_many_samples(check):
 
 def test_a_long_sequence(check):
     """Long enough to be cut into segments that run side by side."""
-    check(b=1, l=3000, k=1, h=2, g=1, p=16, n=16, state=True)
+    check(b=1, l=1500, k=1, h=2, g=1, p=16, n=16, state=True)
 
 
 def test_equals_the_selective_scan(backend):
@@ -380,12 +380,12 @@ def test_exports(backend):
 def test_reference_gradient_is_the_derivative(case):
     """The oracle itself, against finite differences."""
     extra: dict[str, Any] = {
-        "plain": {"l": 5, "z": "shared"},
-        "partial": {"l": 6, "order": random_order(2, 6, m=5, empty=1)},
+        "plain": {"l": 4, "z": "shared"},
+        "partial": {"l": 6, "order": random_order(1, 6, m=5, empty=1)},
         "packed": {"sequences": (2, 0, 4), "b": 1, "skip": "channel"},
         "decay": {"l": 4, "decay": True, "x_per_direction": True, "b": 1},
     }[case]
-    problem = make_problem(p=2, n=3, h=2, g=1, dtype=torch.float64, state=True, **extra)
+    problem = make_problem(p=1, n=2, h=2, g=1, k=1, dtype=torch.float64, state=True, **extra)
     names = [key for key, v in problem.items() if torch.is_tensor(v) and v.is_floating_point()]
     rest = {key: v for key, v in problem.items() if key not in names}
 
