@@ -84,7 +84,7 @@ def _refuse(name: str, kind: str, dtype: torch.dtype, op: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def _has(backend: str, op: str) -> bool:
-    return importlib.util.find_spec(f"mamba_zoo.kernels._{backend}.{op}") is not None
+    return backend == "reference" or importlib.util.find_spec(f"mamba_zoo.kernels._{backend}.{op}") is not None
 
 
 @lru_cache(maxsize=64)

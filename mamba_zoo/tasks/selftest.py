@@ -99,6 +99,7 @@ def _timed(op: str, inputs: dict, backend: str, device: str) -> tuple[dict[str, 
     _wait(device)
     started = time.perf_counter()
     y = getattr(kernels, op)(**given, backend=backend)
+    y = torch.cat([part.flatten() for part in y]) if isinstance(y, tuple) else y
     weight = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).view_as(y).sin().to(y.dtype)
     leaves = {k: v for k, v in given.items() if _is_float(v)}
     grads = torch.autograd.grad(y, list(leaves.values()), weight)
@@ -155,10 +156,21 @@ def _dual_case() -> dict:
     }
 
 
+def _norm_case() -> dict:
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(2, 67, 24, generator=draw),
+        "weight": 1 + 0.1 * torch.randn(24, generator=draw),
+        "bias": 0.1 * torch.randn(24, generator=draw),
+        "branch": torch.randn(2, 67, 24, generator=draw),
+    }
+
+
 _CASES: dict[str, Callable[[], dict]] = {
     "selective_scan": _scan_case,
     "causal_conv1d": _conv_case,
     "ssd": _dual_case,
+    "add_norm": _norm_case,
 }
 
 
