@@ -6,6 +6,8 @@ traffic, and a quarter of the training step of VMamba-T (`benchmarks/README.md`)
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,9 +51,10 @@ def add_norm(
         ValueError: shapes that disagree, an unknown `kind` or `backend`, a `bias` with "rms", `scale` without `branch`.
     """
     _check(x, weight, bias, branch, scale, kind, backend)
-    out_dtype = out_dtype or (x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype))
+    stream_dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    out_dtype = out_dtype or stream_dtype
     inputs = (x, branch, scale, weight, bias)
-    if backend == "triton" or (backend == "auto" and x.is_cuda and not watched(inputs) and _serves(x, branch)):
+    if backend == "triton" or (backend == "auto" and x.is_cuda and not watched(inputs) and _serves(stream_dtype)):
         return implementation("triton", "add_norm").add_norm(*inputs, eps, kind == "rms", out_dtype)
     stream = x
     if branch is not None:
@@ -66,8 +69,9 @@ def add_norm(
     return stream, y.to(out_dtype)
 
 
-def _serves(x: Tensor, branch: Tensor | None) -> bool:
-    return all(refusals("cuda", t.dtype)["triton"] is None for t in (x, branch) if t is not None)
+@lru_cache(maxsize=16)  # asking every backend takes longer than the kernel
+def _serves(dtype: torch.dtype) -> bool:
+    return refusals("cuda", dtype)["triton"] is None
 
 
 def _check(x, weight, bias, branch, scale, kind, backend) -> None:

@@ -190,7 +190,9 @@ def test_starts_as_published():
 
 
 def test_videos_have_cards():
-    assert mamba_zoo.list_models(modality="video") == [f"videomamba_{s}_video" for s in ("middle", "small", "tiny")]
+    assert mamba_zoo.list_models(modality="video") == [
+        f"videomamba_{size}_video" for size in ("middle", "mini", "small", "tiny")
+    ]
     card = mamba_zoo.model_card("videomamba_tiny_video", count=True)
     assert card.counted_params == card.params == 7_033_744
     assert card.input_size == (3, 8, 224, 224)

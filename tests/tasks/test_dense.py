@@ -133,7 +133,7 @@ def test_detectors_learn(head, tiles, tmp_path, device):
     masks = head == "mask_rcnn"
     data = (InstanceData if masks else DetectionData)(str(tiles), batch_size=8)
     # One stage needs more steps, and a gentle start.
-    epochs, lr, warmup = (16, 4e-3, 2.0) if head == "retinanet" else (8, 5e-3, 0.5)
+    epochs, lr, warmup = (28, 4e-3, 2.0) if head == "retinanet" else (8, 5e-3, 0.5)
     model = {"lr": lr, "head": head if head == "retinanet" else None, "warmup_epochs": warmup, **SMALL}
     result = train_once(FAST, data, tmp_path / "run", max_epochs=epochs, model=model, trainer=accelerator(device))
     assert result["curve"][-1]["train/loss"] < 0.6 * result["curve"][0]["train/loss"]
