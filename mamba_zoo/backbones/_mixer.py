@@ -81,7 +81,7 @@ class Mamba(nn.Module):
         return self.out_proj(y.to(u.dtype))
 
     def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
-        """The memory before the first token of a stream: of the convolution `(b, k, d, w - 1)`, the scan `(b, k, d, n)`.
+        """A stream's memory before its first token: of the convolution `(b, k, d, w - 1)`, of the scan `(b, k, d, n)`.
 
         Both float32 at least, and zero. Their size does not depend on how long the stream is.
         """

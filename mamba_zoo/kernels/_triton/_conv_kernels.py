@@ -112,7 +112,7 @@ def conv_backward_weight(
     if SILU:
         g += (sample * l * k + direction) * width
     shift = tl.load(bias + direction * d + lane, mask=lane_ok, other=0.0)[None, :] if bias is not None else 0.0
-    # Summed over steps once, at the end: a sum in every tile is shared memory and barriers, four times the kernel's time.
+    # Summed over steps once, at the end: every such sum goes through shared memory and barriers.
     sums = ()
     for _ in tl.static_range(W):
         sums = sums + (tl.zeros((T, BD), tl.float32),)
