@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._ssd_args import END, SsdArgs, chunked_order
 
-_CHUNK = 64
+_CHUNK = 32
 _ELEMENTS = 2**24  # of the largest intermediate; more samples are taken in turns
 
 

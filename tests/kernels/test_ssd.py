@@ -233,6 +233,7 @@ def test_orders(check, kind):
 @pytest.mark.parametrize("sequences", [(1,), (5, 1, 64, 30), (0, 7, 0, 165, 0), (100, 3)], ids=str)
 def test_packed_batches(check, sequences):
     check(b=1, k=2, sequences=sequences, state=True)
+    check(b=1, k=2, g=1, sequences=sequences, state=True, skip="channel", x_per_direction=True)
     check(b=1, k=2, sequences=sequences, order=random_order(2, sum(sequences), m=(sum(sequences) + 1) // 2))
 
 
