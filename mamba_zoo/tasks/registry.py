@@ -77,11 +77,11 @@ TASKS: dict[str, TaskEntry] = {
     ),
     "object-detection": TaskEntry(
         ".detection:Detector", ".detection_data:DetectionData", "find objects and their boxes",
-        (("digits", "detection-digits"), (".*", "detection-coco")),
+        (("digits", "detection_digits"), (".*", "detection_coco")),
     ),
     "instance-segmentation": TaskEntry(
         ".detection:InstanceSegmenter", ".detection_data:InstanceData", "find objects and their outlines",
-        (("digits", "instances-digits"), (".*", "instances-coco")),
+        (("digits", "instances_digits"), (".*", "instances_coco")),
     ),
     "graph-classification": TaskEntry(
         ".graph:GraphClassifier", ".graph_data:GraphData", "name graphs",
@@ -120,12 +120,12 @@ TASKS: dict[str, TaskEntry] = {
     ),
     "semantic-segmentation": TaskEntry(
         ".segmentation:Segmenter", ".segmentation_data:SegmentationData", "give every pixel a class",
-        (("digits", "segmentation-digits"), ("torchvision:Cityscapes", "segmentation-cityscapes"),
-         (".*", "segmentation-folder")),
+        (("digits", "segmentation_digits"), ("torchvision:Cityscapes", "segmentation_cityscapes"),
+         (".*", "segmentation_folder")),
     ),
     "video-classification": TaskEntry(
         ".video:VideoClassifier", ".video_data:VideoData", "name what happens in a clip",
-        (("moving-digits", "video-digits"), (".*", "video-folder")),
+        (("moving-digits", "video_digits"), (".*", "video_folder")),
     ),
     "point-classification": TaskEntry(
         ".points:PointClassifier", ".point_data:PointData", "name shapes given as points",

@@ -80,7 +80,7 @@ def test_folders_of_frames_train_and_predict(clips, tmp_path, monkeypatch, capsy
     x, _ = data.split("test")[0]
     assert x.shape == (3, 3, 16, 16)
     flags = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--data.batch_size", "4", "--out", "run"]
-    assert main(["fit", "--config", "video-digits", "--data.root", str(clips), "--data.image_size", "16", *flags]) == 0
+    assert main(["fit", "--config", "video_digits", "--data.root", str(clips), "--data.image_size", "16", *flags]) == 0
     assert main(["test", "--checkpoint", "run", "--device", "cpu"]) == 0
     assert main(["predict", "--checkpoint", "run", "--data", str(clips), "--device", "cpu"]) == 0
     assert "14 clips -> predictions" in capsys.readouterr().out
