@@ -1,8 +1,8 @@
 """The state-space dual on the CPU: the loops of the selective scan where they fit, else products of matrices in torch.
 
 One core of a server, 197 tokens in 2 directions, 6 heads of 64 channels: forward, the loops take 0.9, 1.8 and 3.2 ms
-with 16, 64 and 128 states, the products 4.6, 4.5 and 5.3; forward and backward 3.8, 10.3 and 19.0 against 14.6, 17.9 and
-18.8 ms.
+with 16, 64 and 128 states, the products 4.6, 4.5 and 5.3; forward and backward 3.8, 10.3 and 19.0 against 14.6, 17.9
+and 18.8 ms.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]
 
 
 def _as_scan(s: SsdArgs, largest: int) -> ScanArgs | None:
-    """The same as a selective scan whose channels share their head's steps and decay, if it is one and states are few."""
+    """The same as a selective scan whose channels share their head's steps and decay, if states are few enough."""
     if s.A is None or s.g > 1 or s.chunk or s.n > largest:
         return None
     k, d = s.k, s.h * s.p
