@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,7 @@ def _read_torch(path: Path, mmap: bool) -> Any:
     """`torch.load` with stand-ins. A mapped file costs memory only for what is used: not for optimiser states."""
     try:
         # What torch warns about here (old pickle protocols, old storages) either works or ends in the errors below.
-        with _allow_list, torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+        with _allow_list, _only_stand_ins(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -129,6 +131,28 @@ def _read_torch(path: Path, mmap: bool) -> Any:
         ) from error
     except Exception as error:  # a damaged file can fail in any way at all
         raise ValueError(f"{path} is cut short, damaged or not a checkpoint ({_first(error)}); get it again") from error
+
+
+@contextlib.contextmanager
+def _only_stand_ins() -> Iterator[None]:
+    """Allow our stand-ins, and what others have allowed under other names.
+
+    Of two entries of one name (PyG allows the real defaultdict, which torch then cannot fill), chance would decide.
+    """
+    taken = {name for _, name in _STAND_INS}
+    before = torch.serialization.get_safe_globals()
+    others = [entry for entry in before if _allowed_name(entry) not in taken]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*others, *_STAND_INS])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _allowed_name(entry: Any) -> str:
+    return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
 
 
 def _first(error: Exception) -> str:

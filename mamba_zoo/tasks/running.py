@@ -157,6 +157,23 @@ def quiet_trainer(device: str) -> Trainer:
     )
 
 
+class _Pressed(Callback):
+    """Ends a run whose Ctrl-C got lost: Python drops exceptions raised while it collects garbage."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def note(self, number: int, frame: Any) -> None:
+        """Handle the signal as Python does, and remember it."""
+        self.seen = True
+        raise KeyboardInterrupt
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop at the latest here."""
+        if self.seen:
+            raise KeyboardInterrupt
+
+
 def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, resume: Path | None = None) -> None:
     """Train, from `resume` if it is given.
 
@@ -164,6 +181,10 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, res
         KeyboardInterrupt: after Ctrl-C, once the trainer has closed its files.
     """
     handler = signal.getsignal(signal.SIGINT)
+    pressed = _Pressed()
+    cast(Any, trainer).callbacks.append(pressed)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, pressed.note)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     except SystemExit:  # how the trainer leaves after Ctrl-C, having disabled it

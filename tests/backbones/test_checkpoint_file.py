@@ -154,3 +154,11 @@ def test_a_file_that_is_no_checkpoint_gives_one_error(message, weights, tmp_path
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*none\.pth"):
         create("toy_small", tmp_path / "none.pth")
+
+
+def test_what_others_allow_under_our_names_does_not_matter(weights, tmp_path):
+    torch.save({"model": weights, "defaults": collections.defaultdict(list, {"a": [1]})}, tmp_path / "w.pth")
+    with torch.serialization.safe_globals([collections.defaultdict, argparse.Namespace]):
+        before = set(torch.serialization.get_safe_globals())
+        assert read_checkpoint(tmp_path / "w.pth")["defaults"]["a"] == [1]
+        assert set(torch.serialization.get_safe_globals()) == before
