@@ -10,22 +10,22 @@ import re
 from typing import Any
 
 import torch
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from . import mamba, mamba2, mamba3
-from ._block import AddNormBlock, RMSNorm, add_residual
+from ._block import AddNormBlock, RMSNorm
 from ._keys import Key, rename
 from ._mamba2 import Mamba2
 from ._mamba3 import Mamba3
 from ._mixer import Mamba
 from ._register import Card, build_model, register
+from ._stack import CausalStack
 
 MIXERS = {"mamba": Mamba, "mamba2": Mamba2, "mamba3": Mamba3}
 _MULTIPLE = {"mamba": 8, "mamba2": 16, "mamba3": 16}
 
 
-class MambaLM(nn.Module):
+class MambaLM(CausalStack):
     """Words to scores of the next word: embedding, blocks, norm, and the embedding once more as the output map.
 
     Memory and time grow with the length of the text; through `extend` or `step`, in chunks or one word after another,
@@ -56,17 +56,16 @@ class MambaLM(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd: Any = {"device": device, "dtype": dtype}
         if mixer not in MIXERS:
             raise ValueError(f"mixer={mixer!r} is unknown; choose one of {', '.join(MIXERS)}")
         multiple = pad_vocab_to or _MULTIPLE[mixer]
-        self.num_features = dim
-        self.grad_checkpointing = False
         states: Any = {} if d_state is None else {"d_state": d_state}
+        super().__init__(
+            (AddNormBlock(dim, MIXERS[mixer](dim, **states, **dd), **dd) for _ in range(depth)), RMSNorm(dim, **dd)
+        )
+        self.num_features = dim
         self.embedding = nn.Embedding(-(-vocab_size // multiple) * multiple, dim, **dd)
-        self.blocks = nn.ModuleList(AddNormBlock(dim, MIXERS[mixer](dim, **states, **dd), **dd) for _ in range(depth))
-        self.norm = RMSNorm(dim, **dd)
         nn.init.normal_(self.embedding.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, (Mamba, Mamba2, Mamba3)):
@@ -74,57 +73,13 @@ class MambaLM(nn.Module):
                 with torch.no_grad():
                     module.out_proj.weight /= math.sqrt(depth)
 
-    def forward(self, words: Tensor) -> Tensor:
-        """Integers `(b, l)` to scores `(b, l, vocabulary)`."""
-        return self.head(self.forward_features(words))
-
-    def forward_features(self, words: Tensor) -> Tensor:
-        """Integers `(b, l)` to normed features `(b, l, dim)`."""
-        hidden, residual = self.embedding(words), None
-        for block in self.blocks:
-            if self.grad_checkpointing:
-                hidden, residual = checkpoint(block, hidden, residual, None)  # type: ignore[misc]
-            else:
-                hidden, residual = block(hidden, residual, None)
-        return self.norm(add_residual(hidden, residual)).to(hidden.dtype)
+    def embed_inputs(self, x: Tensor) -> Tensor:
+        """Integers `(b, l)` to tokens `(b, l, dim)`."""
+        return self.embedding(x)
 
     def head(self, features: Tensor) -> Tensor:
         """Features `(..., dim)` to scores `(..., vocabulary)`."""
         return nn.functional.linear(features, self.embedding.weight)
-
-    def init_state(self, batch: int) -> list[Any]:
-        """The memory before the first word: what each mixer keeps. Mamba-3 has none yet."""
-        return [block.mixer.init_state(batch) for block in self.blocks]  # type: ignore[operator]
-
-    def extend(self, words: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
-        """The next words `(b, l)` to their scores `(b, l, vocabulary)` and the new state."""
-        return self._advance(words, state, "extend")
-
-    def step(self, words: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
-        """`extend` for one word of each text, `(b,)` to `(b, vocabulary)`."""
-        return self._advance(words, state, "step")
-
-    def no_weight_decay(self) -> set[str]:
-        """Full names of the state-space parameters, biases and norms that decay should leave alone."""
-        special = ("A_log", "D", "dt_bias", "bias", "B_bias", "C_bias")
-        return {n for n, p in self.named_parameters() if p.dim() <= 1 or n.rsplit(".", 1)[-1] in special}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by depth, for layer-wise learning rates."""
-        return {"stem": r"^embedding", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
-    def _advance(self, words: Tensor, state: list[Any], how: str) -> tuple[Tensor, list[Any]]:
-        hidden, residual, new = self.embedding(words), None, []
-        for block, memory in zip(self.blocks, state, strict=True):
-            residual = add_residual(hidden, residual)
-            mixer: Any = block.mixer
-            hidden, after = getattr(mixer, how)(block.norm(residual).to(hidden.dtype), memory)  # type: ignore[operator]
-            new.append(after)
-        return self.head(self.norm(add_residual(hidden, residual)).to(hidden.dtype)), new
 
 
 _LAYERS = {"mamba": mamba.KEYS, "mamba2": mamba2.KEYS, "mamba3": mamba3.KEYS}

@@ -8,17 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from ._block import AddNormBlock, RMSNorm, add_residual
+from ._block import AddNormBlock, RMSNorm
 from ._mixer import Mamba
 from ._register import Card, build_model, register
+from ._stack import CausalStack, State
 
-State = list[tuple[Tensor, Tensor]]
 
-
-class MambaSequence(nn.Module):
+class MambaSequence(CausalStack):
     """Values at every time to values at every time, each depending on the past alone.
 
     Memory and time grow with the length of the input; through `extend` or `step`, in chunks or one time after another,
@@ -48,63 +46,30 @@ class MambaSequence(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd: Any = {"device": device, "dtype": dtype}
-        self.in_chans, self.num_features = in_chans, dim
-        self.grad_checkpointing = False
-        self.embed = nn.Linear(in_chans, dim, **dd)
-        self.blocks = nn.ModuleList(
-            AddNormBlock(dim, Mamba(dim, d_state, d_conv, expand, **dd), **dd) for _ in range(depth)
+        super().__init__(
+            (AddNormBlock(dim, Mamba(dim, d_state, d_conv, expand, **dd), **dd) for _ in range(depth)),
+            RMSNorm(dim, **dd),
         )
-        self.norm = RMSNorm(dim, **dd)
+        self.in_chans, self.num_features = in_chans, dim
+        self.embed = nn.Linear(in_chans, dim, **dd)
         self.head = nn.Linear(dim, out_chans, **dd)
+
+    def embed_inputs(self, x: Tensor) -> Tensor:
+        """`(b, l, in_chans)` to `(b, l, dim)`."""
+        return self.embed(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, l, in_chans)` to `(b, l, out_chans)`."""
-        hidden, residual = self.embed(self._checked(x, 3)), None
-        for block in self.blocks:
-            if self.grad_checkpointing:
-                hidden, residual = checkpoint(block, hidden, residual, None)  # type: ignore[misc]
-            else:
-                hidden, residual = block(hidden, residual, None)
-        return self._finish(hidden, residual)
-
-    def init_state(self, batch: int) -> State:
-        """The memory of a stream before its first value: what each mixer keeps."""
-        return [block.mixer.init_state(batch) for block in self.blocks]  # type: ignore[operator]
+        return super().forward(self._checked(x, 3))
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """The next times of a stream, `(b, l, in_chans)`, to `(b, l, out_chans)` and the new state."""
-        return self._advance(self._checked(x, 3), state, "extend")
+        return super().extend(self._checked(x, 3), state)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """`extend` for one time, `(b, in_chans)` to `(b, out_chans)`."""
-        return self._advance(self._checked(x, 2), state, "step")
-
-    def no_weight_decay(self) -> set[str]:
-        """Full names of the state-space parameters, biases and norms that decay should leave alone."""
-        special = ("A_log", "D", "dt_bias", "bias")
-        return {n for n, p in self.named_parameters() if p.dim() <= 1 or n.rsplit(".", 1)[-1] in special}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by depth, for layer-wise learning rates."""
-        return {"stem": r"^embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^head", (99999,))]}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
-    def _advance(self, x: Tensor, state: State, how: str) -> tuple[Tensor, State]:
-        hidden, residual, new = self.embed(x), None, []
-        for block, memory in zip(self.blocks, state, strict=True):
-            residual = add_residual(hidden, residual)
-            mixer: Any = block.mixer
-            hidden, after = getattr(mixer, how)(block.norm(residual).to(hidden.dtype), memory)  # type: ignore[operator]
-            new.append(after)
-        return self._finish(hidden, residual), new
-
-    def _finish(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
-        return self.head(self.norm(add_residual(hidden, residual)).to(hidden.dtype))
+        return super().step(self._checked(x, 2), state)
 
     def _checked(self, x: Tensor, dims: int) -> Tensor:
         if x.dim() != dims or x.shape[-1] != self.in_chans or not torch.numel(x):

@@ -3,7 +3,7 @@
 `torch.library.custom_op` does the same, but reads the schema back argument by argument on every call: with the 18
 arguments of the scan that is 1.1 ms of host time a training step of one op instead of 0.6 (`benchmarks/README.md`).
 Whoever watches the calls of ops (a compiler, an exporter, a FLOP counter) sees the registered op; where nobody does,
-the same kernel and gradient are called without the dispatcher, which takes half of the host time that is left.
+the same kernel and gradient are called without the dispatcher: with empty kernels a forward call took 31 us, not 45.
 """
 
 from __future__ import annotations
