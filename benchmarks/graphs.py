@@ -115,7 +115,6 @@ BENCHMARKS = {
         data={"root": "tu:ENZYMES", "batch_size": 32},
         options={"dim": 64, "depth": 3, "drop_rate": 0.2},
         epochs=60,
-        seeds=1,
         orders=("degree", "rcm"),
         trials=(),
     ),
