@@ -4,7 +4,12 @@
 one model, one horizon or data set, and one seed; `--jobs` run at once, each in a process of its own, and finished ones
 are kept in `--runs`, so that the same command goes on where it was interrupted. Forecasters end with the weights of the
 epoch with the best validation error, classifiers with those of the last epoch, without a validation part. No test
-window is left out.
+window is left out of `mse`; `mse_full_batches` is that of TimeMachine's published test, which leaves out the last
+windows that fill no batch.
+
+S-Mamba and TimeMachine have their published architectures. `etth1 --as-published` trains them as published too, and
+without it as `CHOSEN`. `etth1 --choose` trains all `CANDIDATES` on seeds of their own and reports validation errors
+alone: the best of them at each horizon is chosen.
 """
 
 from __future__ import annotations
@@ -36,10 +41,30 @@ PUBLISHED = {
     ("etth1", "s_mamba"): (0.386, 0.443, 0.489, 0.502),
     ("etth1", "timemachine"): (0.364, 0.415, 0.429, 0.458),
 }
-# How S-Mamba is trained on ETTh1 instead of as published: the best of five settings on one seed, 96 steps to 96, whose
-# test errors were in view (0.3826; as published 0.3887, Huber loss 0.3874, average of the weights 0.3875, both 0.3866).
-# Its validation error was the lowest too (0.6780 of 0.6780 to 0.6818), by less than seeds differ.
-S_MAMBA: dict[str, Any] = {"loss": "mae", "ema_decay": 0.99, "lr": 1e-4, "net": {"dropout": 0.3}}
+# Ways to train the published architectures on ETTh1, among which the validation error chooses.
+CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
+    "s_mamba": {
+        "published": {},
+        "absolute": {"loss": "mae"},
+        "average": {"loss": "mae", "ema_decay": 0.99},
+        "dropout": {"loss": "mae", "ema_decay": 0.99, "lr": 1e-4, "net": {"dropout": 0.3}},
+        "squared": {"ema_decay": 0.99, "lr": 1e-4, "net": {"dropout": 0.3}},
+    },
+    "timemachine": {
+        "published": {},
+        "absolute": {"loss": "mae"},
+        "average": {"ema_decay": 0.95},
+        "slow": {"ema_decay": 0.95, "lr": 3e-4},
+        "absolute-average": {"loss": "mae", "ema_decay": 0.95},
+        "absolute-slow": {"loss": "mae", "ema_decay": 0.95, "lr": 3e-4},
+    },
+}
+CHOSEN = {
+    "s_mamba": {96: "dropout", 192: "dropout", 336: "dropout", 720: "dropout"},
+    "timemachine": {96: "published", 192: "published", 336: "published", 720: "published"},
+}
+CHOICE_SEED = 100  # the first seed of the runs that choose; results have seeds from 0
+PUBLISHED_BATCH = 512  # windows in a test batch of TimeMachine
 LINEAR: dict[str, Any] = {"model": {"lr": 1e-3, "schedule": "halving", "patience": 3}, "epochs": 10, "batch": 32}
 
 
@@ -59,7 +84,7 @@ class Run:
         options: Arguments of the task.
         data_options: Arguments of its data.
         heavy: How much of a GPU it needs; heavier runs start first.
-        variant: Added to the name of its folder.
+        settings: How a published architecture is trained.
     """
 
     task: str
@@ -73,53 +98,68 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     data_options: dict[str, Any] = field(default_factory=dict)
     heavy: int = 0
-    variant: str = ""
+    settings: str = ""
 
     @property
     def folder(self) -> str:
         """Where the run is kept."""
-        return (
-            "-".join([self.dataset, self.model, *([str(self.horizon)] if self.horizon else []), str(self.seed)])
-            + self.variant
-        )
+        parts = (self.dataset, self.model, str(self.horizon or ""), str(self.seed), self.settings)
+        return "-".join(part for part in parts if part)
 
 
-def etth1(data: Path, seeds: int, as_published: bool = False) -> list[Run]:
-    """S-Mamba and TimeMachine with their published architectures beside linear models, at four horizons."""
+def etth1(data: Path, seeds: int, as_published: bool = False, choose: bool = False) -> list[Run]:
+    """S-Mamba and TimeMachine beside linear models at four horizons; or, to `choose`, all candidates of the former."""
     source = str(find(data, "ETTh1.csv"))
+    if not choose:
+        return [
+            run for seed in range(seeds) for h in HORIZONS for run in _forecasts("etth1", source, h, seed, as_published)
+        ]
     return [
-        run for seed in range(seeds) for h in HORIZONS for run in _forecasts("etth1", source, h, seed, as_published)
-    ]
+        _published("etth1", source, model, h, CHOICE_SEED + seed, way)
+        for seed in range(seeds) for h in HORIZONS for model, ways in CANDIDATES.items() for way in ways
+    ]  # fmt: skip
 
 
-def exchange(data: Path, seeds: int, as_published: bool = True) -> list[Run]:
+def exchange(data: Path, seeds: int, as_published: bool = False, choose: bool = False) -> list[Run]:
     """S-Mamba with its published settings, TimeMachine and linear models; every row has the repeated last value."""
     source = str(find(data, "exchange_rate.csv"))
     return [run for seed in range(seeds) for h in HORIZONS for run in _forecasts("exchange", source, h, seed, True)]
 
 
 def _forecasts(dataset: str, source: str, horizon: int, seed: int, as_published: bool) -> list[Run]:
-    from mamba_zoo.backbones._series_published import PUBLISHED as SETTINGS
-
-    key, common = f"{dataset}_96_{horizon}", ("forecasting", source, dataset)
-    training = SETTINGS["s_mamba"][key]["training"]
-    ours, variant = ({}, "-published") if as_published else (S_MAMBA, "")
-    runs = [
-        Run(
-            *common, "s_mamba", horizon, seed, training["max_epochs"], training["batch_size"],
-            {"published": key, "lr": training["lr"], "schedule": "halving", "patience": 3, **ours}, heavy=1,
-            variant=variant,
-        ),
+    ways = {name: "published" if as_published else CHOSEN[name][horizon] for name in CANDIDATES}
+    common = ("forecasting", source, dataset)
+    return [
+        *(_published(dataset, source, name, horizon, seed, way) for name, way in ways.items()),
         *(Run(*common, name, horizon, seed, LINEAR["epochs"], LINEAR["batch"], LINEAR["model"]) for name in
           ("series_linear", "dlinear", "nlinear")),
     ]  # fmt: skip
+
+
+def _published(dataset: str, source: str, model: str, horizon: int, seed: int, settings: str) -> Run:
+    """A run of a published architecture; 100 epochs of TimeMachine if it is trained as published, else 40 at most."""
+    from mamba_zoo.backbones._series_published import PUBLISHED as SETTINGS
+
+    key = f"{dataset}_96_{horizon}"
     # TimeMachine has no published settings for the exchange rates.
-    given = {"published": key} if dataset == "etth1" else {"net": {"n1": 128, "n2": 16}}
-    machine = {"lr": 1e-3, "schedule": "decay", "patience": 10, **given}
-    return [*runs, Run(*common, "timemachine", horizon, seed, 40, 512, machine, heavy=HEAVY)]
+    known = SETTINGS[model].get(key)
+    training = known["training"] if known else {"lr": 1e-3, "batch_size": PUBLISHED_BATCH, "max_epochs": 100}
+    options: dict[str, Any] = {"published": key} if known else {"net": {"n1": 128, "n2": 16}}
+    options["lr"], epochs = training["lr"], training["max_epochs"]
+    if model == "s_mamba":
+        options |= {"schedule": "halving", "patience": 3}
+    else:
+        as_published = settings == "published" and known is not None
+        options |= {"schedule": "decay", "patience": 100 if as_published else 10}
+        epochs = epochs if as_published else 40
+    options |= CANDIDATES[model][settings]
+    return Run(
+        "forecasting", source, dataset, model, horizon, seed, epochs, training["batch_size"], options,
+        heavy=HEAVY if model == "timemachine" else 1, settings=settings if known else "",
+    )  # fmt: skip
 
 
-def ucr_uea(data: Path, seeds: int, as_published: bool = False) -> list[Run]:
+def ucr_uea(data: Path, seeds: int, as_published: bool = False, choose: bool = False) -> list[Run]:
     """A bidirectional Mamba over the steps beside a linear model and ROCKET, on five data sets of the archives."""
     runs = []
     for name in UCR_UEA:
@@ -157,7 +197,7 @@ def find(data: Path, name: str) -> Path:
 def perform(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """Train and score; a finished run is read from its folder."""
     started = time.perf_counter()
-    row: dict[str, Any] = {key: getattr(run, key) for key in ("dataset", "model", "horizon", "seed")}
+    row: dict[str, Any] = {key: getattr(run, key) for key in ("dataset", "model", "horizon", "settings", "seed")}
     if run.task == "rocket":
         return {**row, "accuracy": _rocket(run), "seconds": time.perf_counter() - started}
     import torch
@@ -175,8 +215,13 @@ def perform(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         run.model, data, options.runs / run.folder, seed=run.seed, max_epochs=run.epochs, model=run.options,
         trainer=trainer, task=run.task,
     )  # fmt: skip
-    test = result["test"]
-    kept = ("mse", "mae", "repeat_mse", "repeat_mae", "season_mse") if run.horizon else ("top1", "f1")
+    if run.horizon:
+        row["val_mse"] = min(epoch["val/mse"] for epoch in result["curve"])
+    test = {} if options.choose else result["test"]
+    if run.horizon and not options.choose:
+        test["mse_full_batches"] = _full_batches(options.runs / run.folder / "test_predictions.npz")
+    errors = ("mse", "mae", "mse_full_batches", "repeat_mse", "repeat_mae", "season_mse")
+    kept = errors if run.horizon else ("top1", "f1")
     scores = {"accuracy" if key == "top1" else key: test[key] for key in kept if key in test}
     return {
         **row,
@@ -186,6 +231,14 @@ def perform(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         "parameters": result["parameters"],
         "peak_memory_mb": None if result["peak_memory_bytes"] is None else result["peak_memory_bytes"] / 2**20,
     }
+
+
+def _full_batches(file: Path) -> float:
+    """Test error without the last windows, which fill no batch of the published size."""
+    import numpy as np
+
+    errors = np.load(file)["windows_mse"]
+    return float(errors[: len(errors) // PUBLISHED_BATCH * PUBLISHED_BATCH].mean())
 
 
 def _rocket(run: Run) -> float:
@@ -215,19 +268,26 @@ def performed(todo: list[Run], options: argparse.Namespace) -> Iterator[tuple[Ru
 
 def summary(rows: list[dict[str, Any]], dataset: str) -> Table:
     """Mean and deviation over the seeds, and what the papers state."""
-    score = "mse" if "mse" in rows[0] else "accuracy"
-    table = Table("data", "steps", "model", f"{score}, mean ± deviation", "published", "last value repeated", "seeds")
-    for key in dict.fromkeys((row["dataset"], row["horizon"], row["model"]) for row in rows):
-        found = [row for row in rows if (row["dataset"], row["horizon"], row["model"]) == key]
-        values = [row[score] for row in found]
-        stated = PUBLISHED.get((dataset, key[2]))
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    score = next(name for name in ("mse", "accuracy", "val_mse") if name in rows[0])
+    table = Table("data", "steps", "model", "settings", f"{score}, mean ± deviation", "full batches", "published",
+                  "last value repeated", "seeds")  # fmt: skip
+    for key in dict.fromkeys(_order(row)[:-1] for row in rows):
+        found = [row for row in rows if _order(row)[:-1] == key]
+        stated = PUBLISHED.get((dataset, found[0]["model"])) if score == "mse" else None
+        full = [row["mse_full_batches"] for row in found if "mse_full_batches" in row]
+        repeat = found[0].get("repeat_mse")
         table.add_row(
-            key[0], str(key[1] or ""), key[2], f"{statistics.mean(values):.4f} ± {deviation:.4f}",
-            f"{stated[HORIZONS.index(key[1])]:.3f}" if stated else "",
-            f"{found[0]['repeat_mse']:.4f}" if "repeat_mse" in found[0] else "", str(len(values)),
+            found[0]["dataset"], str(found[0]["horizon"] or ""), found[0]["model"], found[0]["settings"],
+            _spread([row[score] for row in found]), _spread(full) if full else "",
+            f"{stated[HORIZONS.index(found[0]['horizon'])]:.3f}" if stated else "",
+            f"{repeat:.4f}" if repeat is not None else "", str(len(found)),
         )  # fmt: skip
     return table
+
+
+def _spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -243,18 +303,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--horizons", type=int, nargs="+", help="only these")
     parser.add_argument("--datasets", nargs="+", help="only these")
     parser.add_argument("--epochs", type=int, help="at most as many, for a trial")
-    parser.add_argument(
-        "--as-published",
-        action="store_true",
-        help="train S-Mamba as published: squared error, no average of the weights",
-    )
+    parser.add_argument("--as-published", action="store_true", help="etth1: train as published, not as chosen")
+    parser.add_argument("--choose", action="store_true", help="etth1: train all candidates, report validation errors")
     parser.add_argument("--accelerator", default="auto", help="as in Lightning: cpu, gpu")
     parser.add_argument("--runs", type=Path, default=Path("runs/series"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="CSV file; default benchmarks/results/SET.csv")
+    parser.add_argument("--out", type=Path, help="CSV file; default benchmarks/results/SET[_published, _choice].csv")
     options = parser.parse_args(arguments)
+    if (options.as_published or options.choose) and options.set != "etth1":
+        parser.error("--as-published and --choose are for etth1")
     todo = [
         run
-        for run in SETS[options.set](options.data, options.seeds, options.as_published)
+        for run in SETS[options.set](options.data, options.seeds, options.as_published, options.choose)
         if (not options.models or run.model in options.models)
         and (not options.horizons or run.horizon in options.horizons)
         and (not options.datasets or run.dataset in options.datasets)
@@ -262,7 +321,8 @@ def main(arguments: list[str] | None = None) -> None:
     for run in todo:
         run.epochs = min(run.epochs, options.epochs or run.epochs)
     console = Console(width=140)
-    out = options.out or Path(__file__).parent / "results" / f"{options.set}.csv"
+    name = options.set + ("_choice" if options.choose else "_published" if options.as_published else "")
+    out = options.out or Path(__file__).parent / "results" / f"{name}.csv"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started, rows = time.perf_counter(), []
     for run, result in performed(todo, options):
@@ -271,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         rows.append(result)
         write(out, rows, options)
-        score = result.get("mse", result.get("accuracy"))
+        score = result.get("mse", result.get("accuracy", result.get("val_mse")))
         console.print(f"{len(rows)}/{len(todo)} {run.folder}: {score:.4f}, {result['seconds']:.1f} s")
     if not rows:
         sys.exit("every run failed")
@@ -292,6 +352,7 @@ def write(out: Path, rows: list[dict[str, Any]], options: argparse.Namespace) ->
     versions = f"torch {torch.__version__}, python {platform.python_version()}, mamba_zoo {mamba_zoo.__version__}"
     command = f"python -m benchmarks.series {options.set} --data DIR --seeds {options.seeds} --jobs {options.jobs}"
     command += " --as-published" if options.as_published else ""
+    command += " --choose" if options.choose else ""
     command += "" if options.precision == "32-true" else f" --precision {options.precision}"
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -304,7 +365,7 @@ def write(out: Path, rows: list[dict[str, Any]], options: argparse.Namespace) ->
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["dataset"], row["horizon"], row["model"], row["seed"]
+    return row["dataset"], row["horizon"], row["model"], row["settings"], row["seed"]
 
 
 if __name__ == "__main__":

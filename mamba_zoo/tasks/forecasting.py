@@ -118,6 +118,7 @@ class Forecaster(SeriesTask):
         compared = ("model", "repeat", "season") if season > 1 else ("model", "repeat")
         self.test_errors = torch.nn.ModuleDict({key: HorizonErrors(pred_len) for key in compared})
         self._windows: list[tuple[Tensor, ...]] = []
+        self._window_errors: dict[str, list[Tensor]] = {"mse": [], "mae": []}
 
     def predictions(self, batch: Any) -> Tensor:
         """Scaled forecasts `(b, pred_len, v)` of a batch."""
@@ -151,6 +152,8 @@ class Forecaster(SeriesTask):
         simple = found["season" if self.season > 1 else "repeat"]
         for key, errors in self.test_errors.items():
             errors.update(found[key], y)  # type: ignore[operator]
+        for kind, errors in self._window_errors.items():
+            errors.append(known_error(found["model"], y, kind)[1].cpu())
         kept = (x, y, found["model"], simple)
         self._windows.append(tuple(part[0].detach().float().cpu() for part in kept))
 
@@ -166,6 +169,8 @@ class Forecaster(SeriesTask):
     def on_test_epoch_start(self) -> None:
         """Forget an earlier test."""
         self._windows.clear()
+        for kept in self._window_errors.values():
+            kept.clear()
         for errors in self.test_errors.values():
             errors.reset()  # type: ignore[operator]
 
@@ -181,7 +186,11 @@ class Forecaster(SeriesTask):
         return {key: errors.compute() for key, errors in self.test_errors.items()}  # type: ignore[operator]
 
     def test_arrays(self) -> dict[str, np.ndarray]:
-        """Errors of every step ahead."""
+        """Errors of every step ahead, and those of the model in every window that this process tested, in order."""
+        windows = {f"windows_{kind}": torch.cat(found).numpy() for kind, found in self._window_errors.items()}
+        return {**self._step_errors(), **windows}
+
+    def _step_errors(self) -> dict[str, np.ndarray]:
         found = self.test_scores()
         return {
             f"{key}_{error}": values[f"{error}_steps"].cpu().numpy()
@@ -193,7 +202,7 @@ class Forecaster(SeriesTask):
         """Errors by step ahead as CSV and as a picture, and some forecasts beside what came."""
         from ._series_figures import plot_forecasts, plot_horizon
 
-        arrays = self.test_arrays()
+        arrays = self._step_errors()
         rows = [{"step": i + 1, **{key: float(v[i]) for key, v in arrays.items()}} for i in range(self.pred_len)]
         write_csv(out / "horizon.csv", rows)
         plot_horizon(arrays, out / "horizon.png")
