@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
+_MASKS_NEEDED = "instance-segmentation needs polygons or run lengths, object-detection does not"
 _TOLERANCE = 1.0  # pixels by which tools that round may leave the image
 
 
@@ -30,6 +30,7 @@ class Annotated:
         classes: `(n,)` class numbers, from 0.
         crowd: `(n,)` whether a box holds many objects that are not told apart; such boxes are not learnt.
         outlines: For each object its polygons or run lengths as the file has them; None if it has none.
+        left_out: How many objects were dropped for their boxes or outlines.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Annotated:
     classes: NDArray[np.int64]
     crowd: NDArray[np.bool_]
     outlines: list[Any] = field(default_factory=list)
+    left_out: int = 0
 
     def masks(self) -> NDArray[np.bool_]:
         """`(n, height, width)` the pixels of each object.
@@ -52,14 +54,13 @@ class Annotated:
                 found[i] = decode(outline, self.height, self.width)
             except (ValueError, TypeError, KeyError, IndexError) as error:
                 raise AnnotationError(
-                    f"object {i} of {self.path} has no usable mask ({error}); instance-segmentation needs polygons or "
-                    "run lengths, object-detection does not"
+                    f"object {i} of {self.path} has no usable mask ({error}); {_MASKS_NEEDED}"
                 ) from None
         return found
 
 
 def read_coco(
-    file: Path, images: Path, classes: list[str] | None = None, drop: bool = False
+    file: Path, images: Path, classes: list[str] | None = None, drop: bool = False, masks: bool = False
 ) -> tuple[list[Annotated], list[str]]:
     """Every image of an annotation file, and the names of the classes.
 
@@ -67,11 +68,13 @@ def read_coco(
         file: JSON with "images", "annotations" and "categories".
         images: Folder that the file names are relative to.
         classes: The names that the file must have, if they are known.
-        drop: Leave out boxes that are empty or outside their image.
+        drop: Leave out objects whose boxes are empty or outside their image, and those without an outline if `masks`.
+        masks: Every object needs an outline.
 
     Raises:
         FileNotFoundError: no such file, or an image that is not there.
-        AnnotationError: no such JSON, an unknown image or category, a box outside its image, or other classes.
+        AnnotationError: no such JSON, an unknown image or category, a box outside its image, an object without an
+            outline, or other classes.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no annotation file {file}")
@@ -91,13 +94,20 @@ def read_coco(
             f"the classes of {file} ({', '.join(names[:5])}) are not those trained on ({', '.join(classes[:5])}); "
             "every split needs the same categories"
         )
+    for what, listed, keys in (
+        ("image", entries, ("id", "file_name", "width", "height")),
+        ("annotation", objects, ("image_id", "category_id", "bbox")),
+    ):
+        for each in listed:
+            if lacking := [key for key in keys if key not in each]:
+                raise AnnotationError(f"{file}: {what} {each.get('id')} lacks {', '.join(lacking)}")
     by_image: dict[Any, list[dict[str, Any]]] = {entry["id"]: [] for entry in entries}
     for each in objects:
         for key, known in (("image_id", by_image), ("category_id", numbers)):
             if each[key] not in known:
                 raise AnnotationError(f"{file}: annotation {each.get('id')} has {key} {each[key]}, which is not listed")
         by_image[each["image_id"]].append(each)
-    return [_annotated(file, images, entry, by_image[entry["id"]], numbers, drop) for entry in entries], names
+    return [_annotated(file, images, entry, by_image[entry["id"]], numbers, drop, masks) for entry in entries], names
 
 
 def decode(outline: Any, height: int, width: int) -> NDArray[np.bool_]:
@@ -112,26 +122,37 @@ def decode(outline: Any, height: int, width: int) -> NDArray[np.bool_]:
     Raises:
         ValueError: no outline, or one of another image size.
 
+    A polygon covers the pixels whose middles lie within it.
+
     Source: the packed form, five bits a character with differences to the run before the last, is that of COCO's mask
         API (https://cocodataset.org/#format-data), which documents it in its code only.
     """
+    check_outline(outline, height, width)
     if isinstance(outline, dict):
-        if list(outline["size"]) != [height, width]:
-            raise ValueError(f"its run lengths are of {outline['size']}, the image is of {[height, width]}")
         counts = outline["counts"]
         runs = np.asarray(_unpack(counts) if isinstance(counts, str) else counts, dtype=np.int64)
         if runs.sum() != height * width or (runs < 0).any():
             raise ValueError(f"its run lengths sum to {runs.sum()}, not to {height * width} pixels")
         return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    found = np.zeros((height, width), bool)
+    for polygon in outline:
+        found |= _filled(np.asarray(polygon, np.float64).reshape(-1, 2), height, width)
+    return found
+
+
+def check_outline(outline: Any, height: int, width: int) -> None:
+    """Raise ValueError unless this is an outline, without drawing it."""
+    if isinstance(outline, dict):
+        if not {"size", "counts"} <= set(outline):
+            raise ValueError("its run lengths need size and counts")
+        if list(outline["size"]) != [height, width]:
+            raise ValueError(f"its run lengths are of {outline['size']}, the image is of {[height, width]}")
+        return
     if not isinstance(outline, list) or not outline:
         raise ValueError("it has none")
-    picture = Image.new("1", (width, height))
-    draw = ImageDraw.Draw(picture)
     for polygon in outline:
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"a polygon of {len(polygon)} numbers; pairs of at least three points are needed")
-        draw.polygon([(x - 0.5, y - 0.5) for x, y in zip(polygon[::2], polygon[1::2], strict=True)], fill=1)
-    return np.asarray(picture)
 
 
 def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -141,6 +162,22 @@ def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
     runs = np.diff(np.concatenate([[0], changes, [flat.size]]))
     counts = [0, *runs.tolist()] if flat[0] else runs.tolist()
     return {"size": list(mask.shape), "counts": counts}
+
+
+def _filled(corners: NDArray[np.float64], height: int, width: int) -> NDArray[np.bool_]:
+    """The pixels whose middles lie within a polygon `(points, 2)`; Pillow's own also fills those that it touches."""
+    x, y = corners.T
+    first, last = (int(v) for v in np.ceil(np.array([y.min(), y.max()]) - 0.5).clip(0, height))
+    middles = np.arange(first, last) + 0.5
+    x1, y1 = np.roll(x, -1), np.roll(y, -1)
+    edge, row = np.nonzero((y[:, None] <= middles) != (y1[:, None] <= middles))
+    crossings = x[edge] + (middles[row] - y[edge]) * (x1 - x)[edge] / (y1 - y)[edge]
+    # Every crossing turns what is to its right from outside to inside or back.
+    turns = np.zeros((last - first, width + 1), np.int64)
+    np.add.at(turns, (row, np.ceil(crossings - 0.5).clip(0, width).astype(np.int64)), 1)
+    found = np.zeros((height, width), bool)
+    found[first:last] = turns.cumsum(1)[:, :width] % 2 == 1
+    return found
 
 
 def _unpack(text: str) -> list[int]:
@@ -167,15 +204,22 @@ def _annotated(
     objects: list[dict[str, Any]],
     numbers: dict[Any, int],
     drop: bool,
+    masks: bool,
 ) -> Annotated:
     path, height, width = images / entry["file_name"], int(entry["height"]), int(entry["width"])
     if not path.is_file():
         raise FileNotFoundError(f"{file} names the image {path}, which is not there")
-    boxes = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
+    try:
+        boxes = np.array([o["bbox"] for o in objects], np.float32).reshape(len(objects), 4)
+    except (ValueError, TypeError):
+        raise AnnotationError(
+            f"{file}: image {entry['file_name']} has a bbox that is not four numbers: x, y, width, height"
+        ) from None
     boxes[:, 2:] += boxes[:, :2]
     limits = np.array([width, height, width, height], np.float32)
     outside = np.any((boxes < -_TOLERANCE) | (boxes > limits + _TOLERANCE), axis=1)
-    bad = outside | np.any(boxes[:, 2:] <= boxes[:, :2], axis=1)
+    boxes = boxes.clip(0, limits)
+    bad = outside | ~np.all(boxes[:, 2:] > boxes[:, :2], axis=1)  # NaN is no box either
     if bad.any() and not drop:
         i = int(bad.argmax())
         raise AnnotationError(
@@ -183,10 +227,21 @@ def _annotated(
             f"{'lies outside' if outside[i] else 'is empty in'} its image {entry['file_name']} of {width}x{height} "
             "pixels; correct it, or leave such boxes out with on_bad_box='drop'"
         )
+    for i, each in enumerate(objects if masks else []):
+        try:
+            check_outline(each.get("segmentation"), height, width)
+        except (ValueError, TypeError) as error:
+            if not drop:
+                raise AnnotationError(
+                    f"{file}: annotation {each.get('id')} has no usable mask ({error}); {_MASKS_NEEDED}, and "
+                    "on_bad_box='drop' leaves such objects out"
+                ) from None
+            bad[i] = True
     objects, boxes = [o for o, wrong in zip(objects, bad, strict=True) if not wrong], boxes[~bad]
     return Annotated(
-        path, height, width, boxes.clip(0, limits),
+        path, height, width, boxes,
         np.array([numbers[o["category_id"]] for o in objects], np.int64),
         np.array([bool(o.get("iscrowd", 0)) for o in objects], bool),
         [o.get("segmentation") for o in objects],
+        int(bad.sum()),
     )  # fmt: skip

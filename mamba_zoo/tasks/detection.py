@@ -70,6 +70,7 @@ class DetectorNet(Dense):
         max_size: Most pixels of the longer side.
         anchor_size: Pixels of the smallest anchors' sides; None follows the strides.
         rois: Regions of an image that the second stage learns from. Of each image, four times as many are proposed.
+        detections: Most objects that are found in an image.
         mean: Of the colours.
         std: Likewise.
     """
@@ -85,6 +86,7 @@ class DetectorNet(Dense):
         max_size: int = 1333,
         anchor_size: int | None = None,
         rois: int = 512,
+        detections: int = 100,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -102,11 +104,13 @@ class DetectorNet(Dense):
             first = anchor_size or 4 * strides[0]
             sizes = tuple(tuple(int(first * s / strides[0] * scale) for scale in _SCALES) for s in strides)
             options["anchor_generator"] = AnchorGenerator(sizes, (_RATIOS,) * len(strides))
+            options["detections_per_img"] = detections
             self.detector: Any = RetinaNet(backbone, num_classes + 1, **options)
         else:
             first = anchor_size or 8 * strides[0]
             sizes = tuple((first * s // strides[0],) for s in strides)
             options["rpn_anchor_generator"] = AnchorGenerator(sizes, (_RATIOS,) * len(sizes))
+            options["box_detections_per_img"] = detections
             options |= {"box_batch_size_per_image": rois, "rpn_batch_size_per_image": min(256, rois)}
             for when, factor in (("train", 4), ("test", 2)):
                 options |= {f"rpn_{k}_nms_top_n_{when}": factor * rois for k in ("pre", "post")}
@@ -131,6 +135,7 @@ class Detector(Task):
         max_size: Most pixels of the longer side.
         anchor_size: Pixels of the smallest anchors' sides; None follows the strides of the maps, as published.
         rois: Regions of an image that a second stage learns from; fewer will do for small images.
+        detections: Most objects that are found in an image; COCO's scores count 100.
         out_indices: Which maps of the backbone, such as [1, 2, 3]; None takes its own choice.
         fpn_channels: Of the feature pyramid.
         hidden: Width of the second stage.
@@ -180,6 +185,7 @@ class Detector(Task):
         max_size: int = 1333,
         anchor_size: int | None = None,
         rois: int = 512,
+        detections: int = 100,
         out_indices: list[int] | None = None,
         fpn_channels: int = 256,
         hidden: int = 1024,
@@ -212,6 +218,7 @@ class Detector(Task):
             max_size,
             anchor_size,
             rois,
+            detections,
             *statistics_of(name),
         )
         super().__init__(

@@ -70,7 +70,7 @@ class DetectionData(TaskData):
         root: "digits", pictures of several handwritten digits on canvases of 64x64 pixels, made from scikit-learn's; or
             a folder with annotations in COCO's format. It holds `train/`, `val/` and, if there is one, `test/`, each
             with images and `annotations.json`; or `annotations/instances_train*.json` with images in `train*/` and
-            likewise for `val`, as COCO itself; or one `annotations.json` with images beside it or in `images/`, split
+            likewise for `val`, as COCO itself (`images/train*/` will do too); or one `annotations.json` with images beside it or in `images/`, split
             automatically.
         batch_size: Images a step and device.
         num_workers: Processes that read images; 0 reads them in the training process.
@@ -78,7 +78,8 @@ class DetectionData(TaskData):
             holds no splits.
         split_seed: Of that split, and of the canvases.
         hflip: Probability of a left-right flip of training images.
-        on_bad_box: "error" stops at a box that is empty or outside its image, "drop" leaves it out.
+        on_bad_box: "error" stops at an object whose box is empty or outside its image, or that has no mask where
+            masks are needed; "drop" leaves such objects out. COCO's own training images have a few empty boxes.
 
     Raises:
         FileNotFoundError: a missing folder, annotation file or image.
@@ -107,12 +108,18 @@ class DetectionData(TaskData):
         self.save_hyperparameters(logger=False)
         self.val_fraction, self.split_seed, self.hflip, self.on_bad_box = val_fraction, split_seed, hflip, on_bad_box
         self._classes: list[str] = []
+        self._left_out = 0
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of their numbers."""
         self.setup()
         return self._classes
+
+    def describe(self, unit: str) -> list[tuple[str, str]]:
+        """As `TaskData.describe`, and how many objects were left out."""
+        rows = super().describe(unit)
+        return [*rows, ("left out", f"{self._left_out:,} objects")] if self._left_out else rows
 
     def parts(self) -> dict[str, Dataset]:
         """The images of each part with their objects."""
@@ -129,14 +136,16 @@ class DetectionData(TaskData):
     def _folder(self, root: Path) -> dict[str, list[Annotated]]:
         places, drop = annotation_files(root), self.on_bad_box == "drop"
         first = next(iter(places.values()))
-        found, self._classes = read_coco(*first, drop=drop)
+        found, self._classes = read_coco(*first, drop=drop, masks=self.masks)
+        self._left_out = sum(item.left_out for item in found)
         if not any(len(item.boxes) for item in found):
             raise AnnotationError(f"{first[0]} annotates no object; there is nothing to learn")
         if "train" in places:
             parts = {"train": found}
             for name in ("val", "test"):
                 if name in places:
-                    parts[name] = read_coco(*places[name], self._classes, drop)[0]
+                    parts[name] = read_coco(*places[name], self._classes, drop, self.masks)[0]
+                    self._left_out += sum(item.left_out for item in parts[name])
             if "val" not in parts:
                 raise FileNotFoundError(f"{root} has annotations for train but none for val")
             return {"test": parts["val"], **parts}
@@ -169,8 +178,9 @@ def annotation_files(root: Path) -> dict[str, tuple[Path, Path]]:
         if file is not None:
             found.setdefault(split, (file, _images(root / folder)))
         elif images is not None:
-            place = root / images.stem.removeprefix("instances_")
-            found.setdefault(split, (images, place if place.is_dir() else _images(root)))
+            name = images.stem.removeprefix("instances_")
+            places = (root / name, root / "images" / name)
+            found.setdefault(split, (images, next((p for p in places if p.is_dir()), _images(root))))
     if "train" in found:
         return found
     alone = next((f for name in _FILES if (f := root / name).is_file()), None)
@@ -201,8 +211,11 @@ def _of_canvas(canvas: Canvas, masks: bool) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _of_file(item: Annotated, masks: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    image = read_image(item.path, "RGB")
-    if (image.width, image.height) != (item.width, item.height):
+    size, image = (item.width, item.height), read_image(item.path, "RGB")
+    if image.size != size and image.size == size[::-1]:
+        # Some tools annotate the pixels as they are stored, whatever the EXIF tag says.
+        image = read_image(item.path, "RGB", upright=False)
+    if image.size != size:
         raise AnnotationError(
             f"{item.path} is {image.width}x{image.height} pixels, its annotations are for {item.width}x{item.height}"
         )

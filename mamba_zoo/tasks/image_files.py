@@ -51,30 +51,32 @@ class Images(Dataset):
         item = self.items[index]
         if isinstance(item, Member):
             item = item.data[item.position][0]
-        image = item.convert(self.mode) if isinstance(item, Image.Image) else read_image(item, self.mode)
+        try:
+            image = item.convert(self.mode) if isinstance(item, Image.Image) else read_image(item, self.mode)
+        except BadImageError as error:
+            raise BadImageError(f"{error}, or leave such files out with on_bad_image='skip'") from None
         return self.transform(image), self.targets[index]
 
 
-def read_image(path: Path, mode: str) -> Image.Image:
+def read_image(path: Path, mode: str, upright: bool = True) -> Image.Image:
     """The whole image, decoded, turned upright as its EXIF tag says, and converted.
 
     Args:
         path: Of a file that Pillow can read. 16-bit grey values are scaled to 8 bits, transparency is dropped.
         mode: PIL mode, "RGB" or "L".
+        upright: False leaves the image as it is stored.
 
     Raises:
         BadImageError: naming the file, if it cannot be decoded to its end or holds floating-point pixels.
     """
     try:
         with Image.open(path) as image:
-            return _eight_bits(ImageOps.exif_transpose(image)).convert(mode)
+            return _eight_bits(ImageOps.exif_transpose(image) if upright else image).convert(mode)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise BadImageError(
-            f"cannot read the image {path}: {reason}; remove the file, or leave such files out with on_bad_image='skip'"
-        ) from None
+        raise BadImageError(f"cannot read the image {path}: {reason}; replace or remove the file") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -100,8 +100,9 @@ class SegmentationData(TaskData):
     """Training, validation and test images with masks.
 
     Args:
-        root: "digits", handwritten digits on canvases of 64x64 pixels; "torchvision:VOCSegmentation" or
-            "torchvision:Cityscapes" (whose files must lie in `download_dir`); or a folder with `classes.txt`, one name
+        root: "digits", handwritten digits on canvases of 64x64 pixels; "torchvision:VOCSegmentation" (downloaded to
+            `download_dir` unless `VOCdevkit/VOC2012` is there) or "torchvision:Cityscapes" (whose `leftImg8bit/` and
+            `gtFine/` must be there); or a folder with `classes.txt`, one name
             a line, and `images/` and `masks/`, whose files have the same names. A mask is a PNG whose pixels are class
             numbers from 0 in the order of the names, and 255 where nothing is known. Both folders may hold `train/`,
             `val/` and `test/`; otherwise they are split automatically.
@@ -290,10 +291,12 @@ def _torchvision(name: str, folder: str) -> tuple[dict[str, Any], list[str], Any
 
     try:
         if name == "VOCSegmentation":
-            sets = [datasets.VOCSegmentation(folder, image_set=s, download=True) for s in ("train", "val")]
+            sets: list[Any] = [_voc(folder, split) for split in ("train", "val")]
             names, table = _VOC, [*range(len(_VOC)), *[IGNORED] * (256 - len(_VOC))]
         elif name == "Cityscapes":
             sets = [datasets.Cityscapes(folder, split=s, target_type="semantic") for s in ("train", "val")]
+            for each in sets:  # which lists them as the file system does
+                each.images, each.targets = zip(*sorted(zip(each.images, each.targets, strict=True)), strict=True)
             learnt = {c.id: c for c in datasets.Cityscapes.classes if 0 <= c.train_id < IGNORED}
             names = [c.name for c in sorted(learnt.values(), key=lambda c: c.train_id)]
             table = [learnt[i].train_id if i in learnt else IGNORED for i in range(256)]
@@ -302,3 +305,10 @@ def _torchvision(name: str, folder: str) -> tuple[dict[str, Any], list[str], Any
     except (OSError, RuntimeError) as error:
         raise OSError(f"could not get torchvision's {name} in {folder}: {error}") from error
     return {"train": sets[0], "val": sets[1], "test": sets[1]}, names, _Translated(table)
+
+
+def _voc(folder: str, split: str) -> Any:
+    """Downloaded if it is not there: torchvision would fetch or unpack the archive again if it is."""
+    from torchvision.datasets import VOCSegmentation
+
+    return VOCSegmentation(folder, image_set=split, download=not (Path(folder) / "VOCdevkit" / "VOC2012").is_dir())
