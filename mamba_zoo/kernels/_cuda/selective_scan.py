@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +13,17 @@ from .._scan_args import ScanArgs
 from . import _plan, nvrtc
 from ._plan import Variant
 
-# Args of common.cu in two parts, Carry and Job of finish.cu.
+# Args of common.cu in two parts, Carry of finish.cu, and its Job in two parts.
 _POINTERS = struct.Struct("27Q")
 _SIZES = struct.Struct("21q11if")
 _CARRY = struct.Struct("5Q8i")
-_JOB = struct.Struct("2Q2q6if4x")
+_FROM_TO = struct.Struct("2Q")
+_JOB_SIZES = struct.Struct("2q6if4x")
 _MOST_JOBS = 8
 _OUTPUTS = (
     "y", "du", "ddt", "dz", "dB", "dC", "final", "saved", "dA", "dD", "dbias", "dinitial", "carry", "carry_dt",
 )  # fmt: skip
+_ROWS = (0, 1, 2, 3, 4, 5, 9)  # u, dt, B, C, z, dy and the order among the tensors of a call
 _setups: dict[tuple, _Setup] = {}
 
 
@@ -34,22 +37,20 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
     """`(y, final state if wanted, what the backward needs if `save`)`; see `ScanArgs` for the shapes."""
     call = _Call(s)
     setup = call.setup
+    y = call.zeros_unless_complete(setup.written_shape, s.out_dtype)
     saved = s.u.new_empty(setup.saved_shape, dtype=torch.float32) if save else None
     final = s.new_state() if want_final else None
-    parts = s.reduce != "none" and setup.k > 1
-    y = call.zeros_unless_complete(setup.rows_shape if parts else s.y_shape, s.out_dtype)
-    out = {"y": y, "saved": saved, "final": final}
+    out = {"y": y.data_ptr(), "saved": _address(saved), "final": _address(final)}
     if setup.chunks == 1:
         call.launch("forward", out, keep=save)
     else:
-        out |= call.chunk_states()
+        states = call.chunk_states(out)
         call.launch("forward", out, part=1)
-        call.carry(out, call.initial, reverse=False)
+        call.carry(states, reverse=False)
         call.launch("forward", out, part=2, keep=save)
-    if parts:
-        whole = s.u.new_empty(s.y_shape, dtype=s.out_dtype)
-        half = y.dtype != torch.float32
-        _finish(setup.device, s.out_dtype, [(y.data_ptr(), half, whole, setup.k, setup.d, setup.scale)])
+    if setup.written_shape != setup.y_shape:
+        whole = s.u.new_empty(setup.y_shape, dtype=s.out_dtype)
+        setup.sum_of_directions().launch([(y.data_ptr(), whole.data_ptr())])
         y = whole
     return y, final, saved
 
@@ -57,66 +58,50 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
 def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> dict[str, Tensor]:
     """Gradients of all inputs that are given, by their names."""
     call = _Call(s, dy, dfinal)
-    setup = call.setup
-    new, shape, dtype, exact = s.u.new_empty, setup.rows_shape, s.u.dtype, torch.float32
-    out: dict = {"saved": saved, "du": call.zeros_unless_complete(shape, dtype)}
-    out["ddt"] = call.zeros_unless_complete(shape, dtype)
-    if s.z is not None:
-        out["dz"] = call.zeros_unless_complete(shape, dtype)
+    setup, dtype, exact = call.setup, s.u.dtype, torch.float32
+    du = call.zeros_unless_complete(setup.du_shape, dtype)
+    ddt = call.zeros_unless_complete(setup.rows_shape, dtype)
+    dz = None if s.z is None else call.zeros_unless_complete(setup.dz_shape, dtype)
+    grads: dict[str, Tensor | None] = {"u": du, "dt": ddt, "z": dz}
     sums = 2 if setup.blocks == 1 else 1 if torch.are_deterministic_algorithms_enabled() else 0
-    maps = (setup.blocks if sums == 1 else 1, *shape[:3], setup.n)
-    if sums == 0:
-        out["dB"], out["dC"] = s.u.new_zeros((2, *maps), dtype=exact)
+    if sums == 2:
+        grads["B"] = call.zeros_unless_complete(setup.maps_shape, dtype)
+        grads["C"] = call.zeros_unless_complete(setup.maps_shape, dtype)
+        dB, dC = _address(grads["B"]), _address(grads["C"])
     else:
-        kind = exact if sums == 1 else dtype
-        out["dB"], out["dC"] = call.zeros_unless_complete(maps, kind), call.zeros_unless_complete(maps, kind)
+        if sums == 1:
+            maps = call.zeros_unless_complete((2, setup.blocks, *setup.maps_shape), exact)
+        else:
+            maps = s.u.new_zeros((2, *setup.maps_shape), dtype=exact)
+        dB = maps.data_ptr()
+        dC = dB + 2 * maps.numel()
+    # dA, dD and dbias of every row and chunk, one after another.
     channels = setup.rows * setup.chunks * setup.k * setup.d
-    sums_of_steps = new(channels * (setup.n + 2), dtype=exact)  # dA, dD and dbias, one after another
-    out["dA"] = first = sums_of_steps.data_ptr()
-    out["dD"] = first + 4 * channels * setup.n
-    out["dbias"] = first + 4 * channels * (setup.n + 1)
+    steps = s.u.new_empty(channels * (setup.n + 2), dtype=exact)
+    dA = steps.data_ptr()
+    dD = dA + 4 * channels * setup.n
+    dbias = dD + 4 * channels
     if s.initial_state is not None:
-        out["dinitial"] = s.new_state()
+        grads["initial_state"] = s.new_state()
+    out = {
+        "saved": _address(saved), "du": _address(du), "ddt": _address(ddt), "dz": _address(dz), "dB": dB, "dC": dC,
+        "dA": dA, "dD": dD, "dbias": dbias, "dinitial": _address(grads.get("initial_state")),
+    }  # fmt: skip
     if setup.chunks == 1:
         call.launch("backward", out, sums=sums)
     else:
-        out |= call.chunk_states()
+        states = call.chunk_states(out)
         call.launch("forward", out, part=3)
-        call.carry(out, call.dfinal, reverse=True)
+        call.carry(states, reverse=True)
         call.launch("backward", out, part=2, sums=sums)
-    return _gather(s, setup, out, sums)  # its sums are queued before `sums_of_steps` is given back
-
-
-def _gather(s: ScanArgs, setup: _Setup, out: dict, sums: int) -> dict[str, Tensor]:
-    """The gradients, from what the backward kernel wrote per direction, row, chunk and block of channels."""
-    grads: dict[str, Tensor] = {"dt": out["ddt"]}
+    names, total = setup.sums_of_parts(sums)
+    parts = {"u": out["du"], "z": out["dz"], "B": dB, "C": dC, "A": dA, "D": dD, "dt_bias": dbias}
     jobs = []
-
-    def add(name: str, part: Tensor | int, like: Tensor, count: int, inner: int) -> None:
-        grads[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
-        half = isinstance(part, Tensor) and part.dtype != torch.float32
-        jobs.append((_pointer(part), half, grads[name], count, inner, 1.0))
-
-    for name, given in (("u", s.u), ("z", s.z)):
-        if given is not None and (given.dim() == 4 or setup.k == 1):
-            grads[name] = out[f"d{name}"].view(given.shape)
-        elif given is not None:
-            add(name, out[f"d{name}"], given, setup.k, setup.d)
-    for name, given in (("B", s.B), ("C", s.C)):
-        part = out[f"d{name}"]
-        if sums == 2:
-            grads[name] = part[0]
-        else:
-            add(name, part, given, len(part), given.numel())
-    runs, channels = setup.rows * setup.chunks, setup.k * setup.d
-    add("A", out["dA"], s.A, runs, channels * setup.n)
-    for name, part, given in (("D", out["dD"], s.D), ("dt_bias", out["dbias"], s.dt_bias)):
-        if given is not None:
-            add(name, part, given, runs, channels)
-    if s.initial_state is not None:
-        grads["initial_state"] = out["dinitial"]
-    _finish(setup.device, s.u.dtype, jobs)
-    return grads
+    for name in names:  # the tensors of the parts are held until their sums are queued
+        grads[name] = result = torch.empty_like(getattr(s, name), memory_format=torch.contiguous_format)
+        jobs.append((parts[name], result.data_ptr()))
+    total.launch(jobs)
+    return {name: value for name, value in grads.items() if value is not None}
 
 
 class _Call:
@@ -124,69 +109,78 @@ class _Call:
 
     def __init__(self, s: ScanArgs, dy: Tensor | None = None, dfinal: Tensor | None = None):
         self.s = s
-        rows = [None if x is None else _unit_rows(x) for x in (s.u, s.dt, s.B, s.C, s.z, dy)]
-        self.A, self.D, self.bias, self.initial, self.dfinal, self.offsets = (
-            x if x is None or x.is_contiguous() else x.contiguous()
-            for x in (s.A, s.D, s.dt_bias, s.initial_state, dfinal, s.offsets)
-        )
-        self.order = s.order if s.order.stride(2) == 1 or s.order.shape[2] == 1 else s.order.contiguous()
-        # Keeps alive what was copied above until the kernels are queued.
-        self.tensors = (
-            *rows, self.A, self.D, self.bias, self.order, self.offsets, self.initial, self.dfinal
-        )  # fmt: skip
-        self.pointers = [0 if x is None else x.data_ptr() for x in self.tensors]
-        a, b, c, d, e, f = self.pointers[:6]
+        given = (s.u, s.dt, s.B, s.C, s.z, dy, s.A, s.D, s.dt_bias, s.order, s.offsets, s.initial_state, dfinal)
+        pointers = [0 if x is None else x.data_ptr() for x in given]
+        a, b, c, d, e, f = pointers[:6]
+        # Strides say which tensors are given and how many dimensions they have. Written for speed: one call makes two.
         key = (
-            *(None if x is None else (x.shape, x.stride()) for x in rows), s.A.shape, self.order.shape,
-            self.order.stride(), None if self.offsets is None else self.offsets.shape, s.u.dtype, s.out_dtype,
-            s.dt_softplus, s.reduce, s.complete, s.u.get_device(), (a | b | e | f) & 15, (c | d) & 15,
+            *[None if x is None else x.stride() for x in given], s.dt.shape, s.A.shape, s.order.shape,
+            None if s.offsets is None else s.offsets.shape, s.u.dtype, s.out_dtype, s.dt_softplus, s.reduce, s.complete,
+            s.u.get_device(), (a | b | e | f) & 15, (c | d) & 15,
         )  # fmt: skip
         setup = _setups.get(key)
         if setup is None:
             if len(_setups) > 4096:  # variable lengths
                 _setups.clear()
-            setup = _setups[key] = _Setup(s, rows, self.order)
-        self.setup = setup
+            setup = _setups[key] = _Setup(s, given)
+        if setup.copied:
+            given = setup.readable(given)
+            pointers = [0 if x is None else x.data_ptr() for x in given]
+        self.setup, self.given, self.pointers = setup, given, pointers  # copies live until the kernels are queued
 
     def zeros_unless_complete(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An output of the kernels: tokens that no direction visits stay zero."""
         make = self.s.u.new_empty if self.s.complete else self.s.u.new_zeros
         return make(shape, dtype=dtype)
 
-    def chunk_states(self) -> dict[str, Tensor]:
-        """Room for the state of every chunk and its summed step size."""
+    def chunk_states(self, out: dict[str, int]) -> tuple[Tensor, Tensor]:
+        """Room for the state of every chunk and its summed step size, added to the outputs."""
         setup, new = self.setup, self.s.u.new_empty
         shape = (setup.rows, setup.k, setup.chunks, setup.n, setup.d)
-        return {"carry": new(shape, dtype=torch.float32), "carry_dt": new((*shape[:3], setup.d), dtype=torch.float32)}
+        states = new(shape, dtype=torch.float32), new((*shape[:3], setup.d), dtype=torch.float32)
+        out["carry"], out["carry_dt"] = (x.data_ptr() for x in states)
+        return states
 
-    def carry(self, out: dict, start: Tensor | None, reverse: bool) -> None:
+    def carry(self, states: tuple[Tensor, Tensor], reverse: bool) -> None:
         """States at the beginnings of chunks, or gradients at their ends, from what `part` 1 or 3 wrote."""
-        t = self.setup
+        t, (*_, A, _, _, _, offsets, initial, dfinal) = self.setup, self.pointers
         packed = _CARRY.pack(
-            *(_pointer(x) for x in (out["carry"], out["carry_dt"], self.A, start, self.offsets)),
+            states[0].data_ptr(), states[1].data_ptr(), A, dfinal if reverse else initial, offsets,
             t.d, t.n, t.k, t.rows, t.m, t.chunk, t.chunks, reverse,
         )  # fmt: skip
         kernel = nvrtc.load(_plan.finish_source(self.s.u.dtype), "scan_carry", t.device)
         kernel.launch(-(-t.rows * t.k * t.n * t.d // 128), 128, packed)
 
-    def launch(self, kernel: str, out: dict, part: int = 0, sums: int = 0, keep: bool = False) -> None:
+    def launch(self, kernel: str, out: dict[str, int], part: int = 0, sums: int = 0, keep: bool = False) -> None:
         """Queue a pass; common.cu and backward.cu explain its numbers."""
         loaded, blocks, threads, sizes = self.setup.kernel(kernel, part, sums, keep)
-        pointers = _POINTERS.pack(*self.pointers, *(_pointer(out.get(name)) for name in _OUTPUTS))
+        pointers = _POINTERS.pack(*self.pointers, *[out.get(name, 0) for name in _OUTPUTS])
         loaded.launch(blocks, threads, pointers + sizes)
 
 
 class _Setup:
     """What shapes, strides and alignment decide, worked out once for all calls that share them."""
 
-    def __init__(self, s: ScanArgs, rows: list[Tensor | None], order: Tensor):
+    def __init__(self, s: ScanArgs, given: tuple[Tensor | None, ...]):
+        self.copied = [i for i, x in enumerate(given) if x is not None and not _readable(i, x)]
+        given = self.readable(given)
+        rows, order = given[:6], s.order
         b, l, k, d = self.rows_shape = tuple(s.dt.shape)
         self.k, self.d, self.n, self.m, self.rows = k, d, s.A.shape[2], order.shape[2], s.states
-        self.device = s.u.get_device()
+        self.device, self.dtype, self.out_dtype = s.u.get_device(), s.u.dtype, s.out_dtype
         self.scale = 1 / k if s.reduce == "mean" else 1.0
         spacing = _spacing(s)
         runs, slots = _kept(s, spacing)
         self.saved_shape = (runs, slots, self.n, d)
+        self.maps_shape = tuple(s.B.shape)
+        self.y_shape = s.y_shape
+        self.written_shape = self.rows_shape if k > 1 else self.y_shape
+        # Parts per direction, unless u or z has its own direction each.
+        self.du_shape, self.dz_shape = (self.rows_shape if k > 1 or x is None else tuple(x.shape) for x in (s.u, s.z))
+        self.u_shared, self.z_shared = (k > 1 and x is not None and x.dim() == 3 for x in (s.u, s.z))
+        self.per_channel = [name for name in ("D", "dt_bias") if getattr(s, name) is not None]
+        self._directions: _Sums | None = None
+        self._sums: dict[int, tuple[tuple[str, ...], _Sums]] = {}
         tokens = [x for i, x in enumerate(rows) if x is not None and i not in (2, 3)]
         self.width = 2 if d % 2 == 0 and all(_aligned(x, 2) for x in tokens) else 1
         maps = [x for x in rows[2:4] if x is not None]
@@ -232,31 +226,70 @@ class _Setup:
         loaded = nvrtc.load(_plan.source(name, launch, variant), f"scan_{name}", self.device, shared)
         return loaded, self.rows * chunks * self.k * blocks, launch.threads, sizes
 
+    def readable(self, given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The tensors of a call, those copied that the kernels cannot read as they lie."""
+        return tuple(x.contiguous() if x is not None and i in self.copied else x for i, x in enumerate(given))
 
-def _finish(device: int, dtype: torch.dtype, jobs: list[tuple[int, bool, Tensor, int, int, float]]) -> None:
-    """Sums of parts `(outer, count, inner)` over count, in one launch.
+    def sum_of_directions(self) -> _Sums:
+        """The launch that makes y of the outputs of every direction."""
+        if self._directions is None:
+            half = self.out_dtype != torch.float32
+            total = math.prod(self.y_shape)
+            self._directions = _Sums([_Sum(half, half, total, self.k, self.d, self.scale)], self.out_dtype, self.device)
+        return self._directions
 
-    A job is `(address of the parts, whether they are 16-bit, result, count, inner, scale)`.
-    """
-    packed, first = [], 0
-    for part, half, result, count, inner, scale in jobs:
-        total = result.numel()
-        split = 8 if count >= 16 else 1
-        wide = 4 if split == 1 and inner % 4 == 0 else 1
-        packed.append(
-            _JOB.pack(
-                part, result.data_ptr(), total, inner, count, first, half,
-                result.dtype != torch.float32, split, wide, scale,
-            )
-        )  # fmt: skip
-        first += -(-total // (256 // split * wide))
-    packed.append(bytes(_JOB.size * (_MOST_JOBS - len(jobs))))
-    _finish_kernel(device, dtype).launch(first, 256, b"".join(packed))
+    def sums_of_parts(self, sums: int) -> tuple[tuple[str, ...], _Sums]:
+        """Gradients that the backward kernel writes in parts: their names, and the launch that sums the parts."""
+        found = self._sums.get(sums)
+        if found is None:
+            found = self._sums[sums] = self._plan_sums(sums)
+        return found
+
+    def _plan_sums(self, sums: int) -> tuple[tuple[str, ...], _Sums]:
+        half, runs, channels = self.dtype != torch.float32, self.rows * self.chunks, self.k * self.d
+        tokens, maps = math.prod(self.rows_shape) // self.k, math.prod(self.maps_shape)
+        jobs: dict[str, _Sum] = {}
+        for name, shared in (("u", self.u_shared), ("z", self.z_shared)):
+            if shared:
+                jobs[name] = _Sum(half, half, tokens, self.k, self.d)
+        if sums != 2:
+            count = self.blocks if sums == 1 else 1
+            jobs["B"] = jobs["C"] = _Sum(False, half, maps, count, maps)
+        jobs["A"] = _Sum(False, False, channels * self.n, runs, channels * self.n)
+        for name in self.per_channel:
+            jobs[name] = _Sum(False, False, channels, runs, channels)
+        return tuple(jobs), _Sums(list(jobs.values()), self.dtype, self.device)
 
 
-@lru_cache(maxsize=64)
-def _finish_kernel(device: int, dtype: torch.dtype) -> nvrtc.Kernel:
-    return nvrtc.load(_plan.finish_source(dtype), "scan_finish", device)
+class _Sum(NamedTuple):
+    """Sum of parts `(outer, parts, inner)` over parts, and whether parts and result are 16-bit."""
+
+    half: bool
+    half_result: bool
+    total: int  # of the results, outer * inner
+    parts: int
+    inner: int
+    scale: float = 1.0
+
+
+class _Sums:
+    """Sums in one launch: all but their addresses."""
+
+    def __init__(self, sums: list[_Sum], dtype: torch.dtype, device: int):
+        self._kernel = nvrtc.load(_plan.finish_source(dtype), "scan_finish", device)
+        self._sizes, self._blocks = [], 0
+        for half, half_result, total, parts, inner, scale in sums:
+            split = 8 if parts >= 16 else 1
+            wide = 4 if split == 1 and inner % 4 == 0 else 1
+            first = self._blocks
+            self._sizes.append(_JOB_SIZES.pack(total, inner, parts, first, half, half_result, split, wide, scale))
+            self._blocks += -(-total // (256 // split * wide))
+        self._unused = bytes((_FROM_TO.size + _JOB_SIZES.size) * (_MOST_JOBS - len(sums)))
+
+    def launch(self, addresses: list[tuple[int, int]]) -> None:
+        """Queue them, from and to these addresses."""
+        packed = [_FROM_TO.pack(*pair) + sizes for pair, sizes in zip(addresses, self._sizes, strict=True)]
+        self._kernel.launch(self._blocks, 256, b"".join(packed) + self._unused)
 
 
 def _spacing(s: ScanArgs) -> int:
@@ -272,9 +305,9 @@ def _kept(s: ScanArgs, spacing: int) -> tuple[int, int]:
     return s.k, s.m // spacing + s.offsets.shape[1] - 1
 
 
-def _unit_rows(x: Tensor) -> Tensor:
-    """`x` with neighbouring channels next to each other."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _readable(place: int, x: Tensor) -> bool:
+    """Whether the kernels read `x` as it lies: rows of tokens and of steps, or anything contiguous."""
+    return x.is_contiguous() or (place in _ROWS and (x.stride(-1) == 1 or x.shape[-1] == 1))
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
@@ -291,5 +324,5 @@ def _aligned(x: Tensor, width: int) -> bool:
     return x.data_ptr() % (width * x.element_size()) == 0 and all(stride % width == 0 for stride in x.stride()[:-1])
 
 
-def _pointer(x: Tensor | int | None) -> int:
-    return 0 if x is None else x if isinstance(x, int) else x.data_ptr()
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
