@@ -6,7 +6,7 @@ Follows the arithmetic of SkyworkAI/PointCloudMamba@57fdb29d3cf1 openpoints/mode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,123 +14,21 @@ from timm.layers.drop import calculate_drop_path_rates
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from ..scans._cloud import PointScanLike, cloud_order, cloud_spec, rows_of, trusted
-from ._block import AddNormBlock, RMSNorm
+from ..scans._cloud import PointScanLike, cloud_order, cloud_spec, rows_of, with_option
 from ._keys import Key, rename
-from ._mixer import Mamba
+from ._pcm_layers import PCMStage, PointLinear, ResidualPoints
 from ._point_model import PointBackbone, PointHead, build_point_model, mark_published, mixer_keys, pointwise
-from ._points import furthest_points, interpolate_points, nearest_points, take_points
+from ._point_windows import PointStream, place_in_window, whole_windows
+from ._points import interpolate_points, take_points
 from ._register import Card, register
 
-_SIX = "cts('xyz'), cts('xzy'), cts('yxz'), cts('yzx'), cts('zxy'), cts('zyx')"
-SCAN = f"join({_SIX}, hilbert, zcurve, zcurve_trans)"
-TINY_SCAN = f"join({_SIX})"
-
-
-class PointLinear(nn.Module):
-    """Linear, batch norm, ReLU over points `(..., in)` to `(..., out)`."""
-
-    def __init__(self, dim: int, out: int, bias: bool = False, act: bool = True, device=None, dtype=None):
-        super().__init__()
-        dd: Any = {"device": device, "dtype": dtype}
-        self.proj = nn.Linear(dim, out, bias=bias, **dd)
-        self.norm = nn.BatchNorm1d(out, **dd)
-        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., in)` to `(..., out)`."""
-        return self.act(self.norm(self.proj(x).flatten(0, -2))).unflatten(0, x.shape[:-1])
-
-
-class ResidualPoints(nn.Module):
-    """`ReLU(net2(net1(x)) + x)` for every point."""
-
-    def __init__(self, dim: int, bias: bool = False, device=None, dtype=None):
-        super().__init__()
-        dd: Any = {"device": device, "dtype": dtype}
-        self.net1 = PointLinear(dim, dim, bias, **dd)
-        self.net2 = PointLinear(dim, dim, bias, act=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., dim)` to the same shape."""
-        return F.relu(self.net2(self.net1(x)) + x)
-
-
-class PCMStage(nn.Module):
-    """Points are thinned out, gather their neighbours, and pass mixers, each along an order of its own.
-
-    Args:
-        dim: Width of what comes in.
-        out: Width of the stage.
-        reducer: One of so many points is kept.
-        neighbours: Points that each one gathers.
-        pre_blocks: Residual layers on gathered points.
-        rates: Stochastic depth of each mixer.
-        project_residual: Whether the residual stream changes its width here.
-        prompt_dim: Width of the prompts.
-        d_state: States n.
-        device: Of the parameters.
-        dtype: Of the parameters.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        out: int,
-        reducer: int,
-        neighbours: int,
-        pre_blocks: int,
-        rates: Sequence[float],
-        project_residual: bool,
-        prompt_dim: int,
-        d_state: int = 16,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd: Any = {"device": device, "dtype": dtype}
-        self.reducer, self.neighbours = reducer, neighbours
-        self.alpha = nn.Parameter(torch.ones(dim + 3, **dd))
-        self.beta = nn.Parameter(torch.zeros(dim + 3, **dd))
-        self.transfer = PointLinear(2 * dim + 3, out, **dd)
-        self.pre = nn.Sequential(*(ResidualPoints(out, **dd) for _ in range(pre_blocks)))
-        self.residual_proj = nn.Linear(dim, out, bias=False, **dd) if project_residual else None
-        self.pos_proj = nn.Linear(3, out, bias=False, **dd)
-        self.prompt_proj = nn.Linear(prompt_dim, out, bias=False, **dd)
-        self.blocks = nn.ModuleList(
-            AddNormBlock(out, Mamba(out, d_state, k=2, reduce="sum", **dd), rate, RMSNorm, **dd) for rate in rates
-        )
-
-    def thin(self, xyz: Tensor) -> Tensor:
-        """Indices `(b, n // reducer)` of the points that stay, ascending, so that their order survives."""
-        return furthest_points(xyz, xyz.shape[1] // self.reducer).sort(dim=1).values
-
-    def gather(self, xyz: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
-        """Features `(b, n, dim)` at points `(b, n, 3)` to features `(b, m, out)` of the points that `index` keeps."""
-        both = torch.cat([x, xyz.to(x.dtype)], dim=-1)
-        kept, centres, own = (both, xyz, x) if index is None else (take_points(v, index) for v in (both, xyz, x))
-        near = nearest_points(xyz, centres, self.neighbours)[1]
-        offset = (take_points(both, near) - kept[:, :, None]).float()
-        offset = (offset / (offset.std(dim=(1, 2, 3), keepdim=True) + 1e-5)).to(x.dtype) * self.alpha + self.beta
-        own = own[:, :, None].expand(-1, -1, self.neighbours, -1)
-        return self.pre(self.transfer(torch.cat([offset, own], dim=-1))).amax(2)
-
-    def mix(
-        self, block: nn.Module, xyz: Tensor, x: Tensor, residual: Tensor | None, order: Tensor, prompt: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """One mixer along `order (b, n)`, the projected `prompt (p, dim)` read before and after all points."""
-        b, n, _ = x.shape
-        p = len(prompt)
-        ends = self.prompt_proj(prompt).to(x.dtype).expand(b, -1, -1)
-        tokens = torch.cat([ends, x + self.pos_proj(xyz.to(x.dtype)), ends], dim=1)
-        if residual is not None:
-            wide = ends.to(residual.dtype)
-            residual = torch.cat([wide, residual, wide], dim=1)
-        ahead = torch.arange(p, device=x.device).expand(b, -1)
-        forth = torch.cat([ahead, order + p, ahead + (n + p)], dim=1)
-        table = trusted(torch.stack([forth, forth.flip(1)], dim=1), n + 2 * p)
-        mixed, stream = block(tokens, residual, table)
-        return mixed[:, p : p + n], stream[:, p : p + n]
+_NINE = (
+    "cts('xyz')", "cts('xzy')", "cts('yxz')", "cts('yzx')", "cts('zxy')", "cts('zyx')", "hilbert", "zcurve",
+    "zcurve_trans",
+)  # fmt: skip
+SCAN = f"join({', '.join(_NINE)})"
+TINY_SCAN = f"join({', '.join(_NINE[:6])})"
+ROOM_SCAN = f"join({', '.join(with_option(row, 'cell=0.04') for row in _NINE)})"
 
 
 class PCM(PointBackbone):
@@ -152,8 +50,9 @@ class PCM(PointBackbone):
         hidden: Widths of the head before the classifier.
         drop_rate: Dropout in the head.
         drop_path_rate: Stochastic depth of the last mixer.
-        windows: For each stage, mix so many consecutive points of the sequence at a time; points that fill no window
-            are dropped, the furthest ones last. None mixes all at once.
+        windows: For each stage, mix so many successive points of the sequence at a time, their coordinates counted from
+            0 to 1 within each window; points that fill no window are left out, see `whole_windows`. None mixes all at
+            once.
         combine_xyz: Whether coordinates are put after the features before they are embedded; `in_chans` counts both.
         published: Serialize as the published code does: the snakes reduced to sorts along their first axis, with many
             ties, and decided, like the depth of Hilbert's curve, by the whole batch. None follows the weights.
@@ -228,9 +127,9 @@ class PCM(PointBackbone):
 
     def published_row(self, spec: str) -> str:
         """The spec of a direction as the published code computes it."""
-        name, _, options = spec.rstrip(")").partition("(")
         extra = {"cts": "published=True", "hilbert": "shared_depth=True", "hilbert_trans": "shared_depth=True"}
-        return f"{name}({options}{', ' if options else ''}{extra[name]})" if name in extra else spec
+        name = spec.partition("(")[0]
+        return with_option(spec, extra[name]) if name in extra else spec
 
     def pyramid(self, x: Tensor, features: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Coordinates and features of the points after the embedding and after every stage.
@@ -255,60 +154,42 @@ class PCM(PointBackbone):
         if self.combine_xyz:
             features = torch.cat([features, x], dim=-1)
         points, tokens = [x], [self.embedding(features.to(self.embedding.proj.weight.dtype))]
-        residual, layer = None, 0
-        for i, stage in enumerate(self.stages):
-            xyz, x = points[-1], tokens[-1]
-            assert isinstance(stage, PCMStage)
-            index = stage.thin(xyz) if stage.reducer > 1 else None
-            x = stage.gather(xyz, x, index)
-            if index is not None:
-                xyz = take_points(xyz, index)
-                residual = residual if residual is None else take_points(residual, index)
-            if residual is not None and stage.residual_proj is not None:
-                residual = stage.residual_proj(residual.to(x.dtype)).to(residual.dtype)
-            order = torch.arange(xyz.shape[1], device=x.device).expand(len(x), -1)
+        stream, layer = PointStream(points[0], tokens[0]), 0
+        stages = cast("Sequence[PCMStage]", self.stages)
+        for stage, window in zip(stages, self.windows or [None] * len(stages), strict=True):
+            stream = stage.enter(stream)
+            order = torch.arange(len(stream), device=x.device).expand(len(x), -1)
             for block in stage.blocks:
                 number = layer % len(self.rows)
                 spec, row = self.rows[number]
                 spec = self.published_row(spec) if self.published else spec
                 # The published code sorts what is sorted already, so that the order before decides between ties.
-                order = order.gather(1, cloud_order(spec, take_points(xyz, order))[:, row])
+                order = order.gather(1, cloud_order(spec, take_points(stream.xyz, order))[:, row])
                 prompt = self.order_prompt[number * self.prompts : (number + 1) * self.prompts]
-                window = self.windows[i] if self.windows else xyz.shape[1]
-                if xyz.shape[1] > window:
-                    xyz, x, residual, order = self.fill_windows(xyz, x, residual, order, window)
-                    parts = [_split(v, window) for v in (xyz, x, residual, order % window)]
-                    place, back = self.place_in_window(parts[0])
-                    x, residual = self.run(stage.mix, block, place, parts[1], parts[2], parts[3], prompt)
-                    xyz, x, residual = (v.reshape(len(xyz), -1, v.shape[-1]) for v in (back, x, residual))
+                if window is not None and len(stream) > window:
+                    stream = stream.take(order)
+                    if len(stream) % window:
+                        stream = stream.take(whole_windows(stream.xyz, window))
+                    stream = self.mix_windows(stage, block, stream, window, prompt)
+                    order = torch.arange(len(stream), device=x.device).expand(len(x), -1)
                 else:
-                    x, residual = self.run(stage.mix, block, xyz, x, residual, order, prompt)
+                    mixed = self.run(stage.mix, block, stream.xyz, stream.x, stream.residual, order, prompt)
+                    stream = PointStream(stream.xyz, *mixed)
                 layer += 1
-            points.append(take_points(xyz, order))
-            tokens.append(take_points(x, order))
-            residual = residual if residual is None else take_points(residual, order)
+            stream = stream.take(order)
+            points.append(stream.xyz)
+            tokens.append(stream.x)
         return points, tokens
 
-    def fill_windows(
-        self, xyz: Tensor, x: Tensor, residual: Tensor | None, order: Tensor, window: int
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Points along `order` as far as they fill whole windows, and the order that they are now stored in."""
-        n = xyz.shape[1]
-        count = n // window * window
-        if count < n:
-            order = order.gather(1, furthest_points(take_points(xyz, order), count).sort(dim=1).values)
-        xyz, x = take_points(xyz, order), take_points(x, order)
-        residual = residual if residual is None else take_points(residual, order)
-        return xyz, x, residual, torch.arange(count, device=x.device).expand(len(x), -1)
-
-    def place_in_window(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates within windows `(w, n, 3)`, from 0 to 1, and the points again."""
-        axis = 2 if self.published else 1
-        low = xyz.amin(axis, keepdim=True)
-        span = xyz.amax(axis, keepdim=True) - low + 1e-6
-        place = (xyz - low) / span
-        # The published code goes on with the points as they come back, and sorts them by their cells.
-        return place, place * span + low if self.published else xyz
+    def mix_windows(
+        self, stage: PCMStage, block: nn.Module, stream: PointStream, window: int, prompt: Tensor
+    ) -> PointStream:
+        """One mixer over windows of successive points, each read from its first point to its last."""
+        parts = stream.cut(window)
+        place = place_in_window(parts.xyz, self.published)
+        along = torch.arange(window, device=place.device).expand(len(place), -1)
+        mixed = self.run(stage.mix, block, place, parts.x, parts.residual, along, prompt)
+        return PointStream(parts.xyz, *mixed).joined(len(stream.x))
 
     def forward_features(self, x: Tensor, features: Tensor | None = None) -> Tensor:
         """Clouds `(b, n, 3)`, and features if the model takes any, to tokens `(b, m, num_features)`."""
@@ -438,11 +319,6 @@ class PCMParts(PCM):
         return self.forward_head(self.forward_features(x, features, shape))
 
 
-def _split(x: Tensor | None, window: int) -> Any:
-    """`(b, n, ...)` to `(b * n / window, window, ...)`."""
-    return x if x is None else x.unflatten(1, (-1, window)).flatten(0, 1)
-
-
 def _layer(found: Any) -> str:
     return "proj." if found[1] == "0" else "norm."
 
@@ -540,12 +416,6 @@ def pcm_s3dis(pretrained: bool = False, **kwargs: Any) -> PCMParts:
     args = {
         "num_classes": 13, "num_shapes": 0, "dim": 96, "dim_expansion": (1, 2, 2, 2), "reducers": (4, 4, 2, 2),
         "decoder_dims": (384, 192, 96, 96), "windows": (1024, 512, 256, 128), "combine_xyz": True,
-        "scan": _with_cell(SCAN, 0.04), **kwargs,
+        "scan": ROOM_SCAN, **kwargs,
     }  # fmt: skip
     return build_point_model(PCMParts, "pcm_s3dis", pretrained, checkpoint_filter_fn, **args)
-
-
-def _with_cell(scan: str, cell: float) -> str:
-    """The directions of a default scan with another cell."""
-    rows = [spec.removesuffix(")") + ", " if spec.endswith(")") else f"{spec}(" for spec, _ in rows_of(scan)]
-    return f"join({', '.join(f'{row}cell={cell})' for row in rows)})"

@@ -223,6 +223,17 @@ def rows_of(spec: str) -> list[tuple[str, int]]:
     return [(spec, row) for row in range(directions(spec))]
 
 
+def with_option(spec: str, option: str) -> str:
+    """A spec of one order with an option more.
+
+    Example:
+        >>> with_option("hilbert", "cell=0.1"), with_option("cts('xzy')", "cell=0.1")
+        ('hilbert(cell=0.1)', "cts('xzy', cell=0.1)")
+    """
+    name, _, options = spec.removesuffix(")").partition("(")
+    return f"{name}({options}{', ' if options else ''}{option})"
+
+
 def directions(spec: str) -> int:
     """Directions of a spec from `cloud_spec`."""
     return cloud_order(spec, torch.linspace(0, 1, 48).view(1, 16, 3)).shape[1]

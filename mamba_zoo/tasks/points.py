@@ -1,4 +1,4 @@
-"""Models of point clouds trained to name shapes, to find their parts, and to fill in what was hidden."""
+"""Models of point clouds trained to name shapes, and to find their parts."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class PointClassifier(PointTask, Classifier):
         class_names = check_classes(num_classes, class_names)
         if votes < 1:
             raise ValueError(f"votes={votes} must be at least 1")
-        net = build_point_net(name, scan, num_classes, None, _with_file(options, checkpoint_path))
+        net = build_point_net(name, scan, num_classes, None, with_file(options, checkpoint_path))
         _start_encoder(net, init_encoder)
         super().__init__(
             net, name, num_classes, class_names, label_smoothing, opt, lr, weight_decay, layer_decay, recipe,
@@ -236,7 +236,7 @@ class PartSegmenter(PointTask):
     ) -> None:
         parts = part_names or [[str(i) for i in range(4)] for _ in range(4)]
         total = sum(map(len, parts))
-        net = build_point_net(name, scan, total, len(parts), _with_file(options, checkpoint_path))
+        net = build_point_net(name, scan, total, len(parts), with_file(options, checkpoint_path))
         _start_encoder(net, init_encoder)
         super().__init__(
             net, name, opt, lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze
@@ -384,107 +384,6 @@ class PartSegmenter(PointTask):
         self.log_dict({f"{split}/miou": iou.mean(), f"{split}/class_miou": classes.mean()}, sync_dist=True)
 
 
-class PointPretrainer(PointTask):
-    """A masked autoencoder of points, whose encoder then starts a classifier: `init_encoder` of `point-classification`.
-
-    Args:
-        name: "pointmamba_pretraining", "pointmamba_mini_pretraining", or another model whose output is its loss.
-        scan: Order of the patches; None is the model's own.
-        num_points: Points of a cloud that the model sees.
-        options: Further arguments of the model, such as `{"mask_ratio": 0.8}`.
-        checkpoint_path: Start from a published checkpoint file.
-        scale: See `PointAugment`, as for what follows.
-        translate: See `PointAugment`.
-        rotate: See `PointAugment`.
-        tilt: See `PointAugment`.
-        flip: See `PointAugment`.
-        jitter: See `PointAugment`.
-        opt: See `Task`, as for all that follow.
-        lr: See `Task`.
-        weight_decay: See `Task`.
-        layer_decay: See `Task`.
-        recipe: See `Task`.
-        warmup_epochs: See `Task`.
-        min_lr: See `Task`.
-        ema_decay: See `Task`.
-        freeze: See `Task`.
-
-    Raises:
-        ValueError: an unknown model or setting.
-    """
-
-    monitor, monitor_mode = "val/chamfer", "min"
-    score_name: ClassVar[str] = "chamfer"
-    metric_names: ClassVar[Mapping[str, str]] = {"chamfer": "Chamfer distance of hidden patches"}
-
-    def __init__(
-        self,
-        name: str = "pointmamba_mini_pretraining",
-        scan: str | None = None,
-        num_points: int = 1024,
-        options: dict[str, Any] | None = None,
-        checkpoint_path: str | None = None,
-        scale: tuple[float, float] = (1.0, 1.0),
-        translate: float = 0.0,
-        rotate: Rotation = "none",
-        tilt: float = 0.0,
-        flip: bool = False,
-        jitter: float = 0.0,
-        opt: str = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        layer_decay: float | None = None,
-        recipe: Recipe = "recommended",
-        warmup_epochs: float = 5.0,
-        min_lr: float = 0.01,
-        ema_decay: float | None = None,
-        freeze: Freeze = "none",
-    ) -> None:
-        import mamba_zoo
-
-        more = {**_with_file(options, checkpoint_path), **({} if scan is None else {"scan": scan})}
-        net = mamba_zoo.create_model(name, **more)
-        if not hasattr(net, "reconstruct"):
-            raise ValueError(f"{name} is no masked autoencoder; take pointmamba_pretraining or its mini form")
-        super().__init__(
-            net, name, opt, lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze
-        )
-        self.save_hyperparameters()
-        self._set_points(num_points, PointAugment(scale, translate, rotate, tilt, flip, jitter))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        loss = self.net(self.sample(batch[0])[0])
-        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(batch[0]))
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Distance for masks that are the same in every epoch."""
-        self._evaluate(batch, "val", batch_idx)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Distance for fixed masks."""
-        self._evaluate(batch, "test", batch_idx)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The hidden patches of a batch, rebuilt: `(b, hidden, group_size, 3)`."""
-        return self._rebuild(batch, batch_idx)[0]
-
-    def _rebuild(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
-        x, net = self.sample(batch[0])[0], self.inference_net
-        masks = torch.Generator().manual_seed(batch_idx)
-        ranks = torch.rand(len(x), net.encoder.groups, generator=masks).argsort(1).argsort(1)  # type: ignore[union-attr]
-        return net.reconstruct(x, 0, (ranks < net.masked).to(x.device))  # type: ignore[operator]
-
-    def _evaluate(self, batch: Any, split: str, batch_idx: int) -> None:
-        from ..backbones._points import chamfer_distance
-
-        rebuilt, true = self._rebuild(batch, batch_idx)
-        distance = chamfer_distance(rebuilt.flatten(0, 1).float(), true.flatten(0, 1).float())
-        values = {f"{split}/chamfer": distance, f"{split}/loss": distance}
-        self.log_dict(values, on_epoch=True, batch_size=len(batch[0]), sync_dist=True)
-
-
 def shape_iou(predicted: Tensor, true: Tensor, allowed: Tensor) -> Tensor:
     """Mean intersection over union of every shape, `(b,)`.
 
@@ -500,7 +399,8 @@ def shape_iou(predicted: Tensor, true: Tensor, allowed: Tensor) -> Tensor:
     return (iou * allowed).sum(1) / allowed.sum(1)
 
 
-def _with_file(options: Mapping[str, Any] | None, checkpoint_path: str | None) -> dict[str, Any]:
+def with_file(options: Mapping[str, Any] | None, checkpoint_path: str | None) -> dict[str, Any]:
+    """Arguments of a model with the published checkpoint that it starts from, if any."""
     return {**(options or {}), **({} if checkpoint_path is None else {"checkpoint_path": checkpoint_path})}
 
 

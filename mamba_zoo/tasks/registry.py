@@ -136,7 +136,8 @@ TASKS: dict[str, TaskEntry] = {
         (("solids", "parts_solids"), (".*", "parts_folder")),
     ),
     "point-pretraining": TaskEntry(
-        ".points:PointPretrainer", ".point_data:UnlabelledData", "fill in patches of points, before classification",
+        ".point_pretraining:PointPretrainer", ".point_data:UnlabelledData",
+        "fill in patches of points, before classification",
         (("digits", "pretraining_digits"), (".*", "pretraining_folder")),
     ),
 }  # fmt: skip

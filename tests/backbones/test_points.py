@@ -10,6 +10,7 @@ from timm.models import group_parameters
 
 import mamba_zoo
 from mamba_zoo.backbones import card
+from mamba_zoo.backbones._point_windows import PointStream, place_in_window, whole_windows
 from mamba_zoo.backbones._points import (
     chamfer_distance,
     furthest_points,
@@ -270,6 +271,26 @@ def test_neighbours_groups_and_interpolation(device, monkeypatch):
     assert float(chamfer_distance(x, x)) == 0
     with pytest.raises(ValueError, match="k=51 neighbours are asked for among 50 points"):
         nearest_points(x, x, 51)
+
+
+def test_windows_hold_successive_points_and_come_back():
+    xyz = clouds(2, 22)
+    kept = whole_windows(xyz, 5)
+    assert kept.shape == (2, 20)
+    assert (kept.diff(dim=1) > 0).all(), "points stay in their order"
+    chosen = furthest_points(xyz, 20)
+    assert torch.equal(kept, chosen.sort(1).values)
+    stream = PointStream(xyz, torch.randn(2, 22, 3)).take(kept)
+    parts = stream.cut(5)
+    assert parts.xyz.shape == (8, 5, 3)
+    assert torch.equal(parts.x[5], stream.x[1, 5:10])
+    assert torch.equal(parts.joined(2).xyz, stream.xyz)
+    place, published = place_in_window(parts.xyz), place_in_window(parts.xyz, for_each_point=True)
+    torch.testing.assert_close(place.amax(1), torch.ones(8, 3), atol=1e-4, rtol=0)
+    assert torch.equal(place.argsort(1), parts.xyz.argsort(1))
+    assert torch.equal(published.amin(2), torch.zeros(8, 5))
+    flat = parts.xyz * torch.tensor([1.0, 1.0, 0.0])
+    assert place_in_window(flat).isfinite().all()
 
 
 def test_models_run_on_every_device(device):

@@ -16,7 +16,8 @@ from mamba_zoo.tasks.point_augment import PointAugment, random_rotations, small_
 from mamba_zoo.tasks.point_data import PartData, PointData, UnlabelledData
 from mamba_zoo.tasks.point_figures import write_viewer
 from mamba_zoo.tasks.point_files import BadCloudError, Cloud, class_folders, read_cloud, resample, to_unit_sphere
-from mamba_zoo.tasks.points import PartSegmenter, PointClassifier, PointPretrainer, shape_iou
+from mamba_zoo.tasks.point_pretraining import PointPretrainer
+from mamba_zoo.tasks.points import PartSegmenter, PointClassifier, shape_iou
 from mamba_zoo.tasks.registry import TASKS, load_task
 from mamba_zoo.tasks.train import train_once
 
