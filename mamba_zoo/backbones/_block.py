@@ -72,7 +72,7 @@ def branch_scale(branch: Tensor, drop_path: float) -> Tensor | None:
     return scale / (1 - drop_path) if drop_path < 1 else scale
 
 
-def _rate(drop_path: nn.Module) -> float:
+def skip_rate(drop_path: nn.Module) -> float:
     """The rate of timm's `DropPath` as it is now; 0 for an identity."""
     return drop_path.drop_prob if isinstance(drop_path, DropPath) and drop_path.training else 0.0
 
@@ -123,7 +123,7 @@ class MapBlock(nn.Module):
         y = self.mixer(self.norm1(x, narrow=True))
         if self.mlp is None:
             return x + self.drop_path1(y)
-        x, y = self.norm2(x, y, branch_scale(y, _rate(self.drop_path1)), narrow=True)
+        x, y = self.norm2(x, y, branch_scale(y, skip_rate(self.drop_path1)), narrow=True)
         return x + self.drop_path2(self.mlp(y))
 
 
@@ -168,7 +168,7 @@ class AddNormBlock(nn.Module):
             stream = add_residual(self.drop_path(hidden), None)
             y = self.norm(stream, narrow=True).to(linear_dtype(hidden))
         else:
-            stream, y = self.norm(residual, hidden, branch_scale(hidden, _rate(self.drop_path)), narrow=True)
+            stream, y = self.norm(residual, hidden, branch_scale(hidden, skip_rate(self.drop_path)), narrow=True)
         return self.mixer(y, *visits), stream
 
 

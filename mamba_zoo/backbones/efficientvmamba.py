@@ -55,7 +55,7 @@ class EfficientBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map `(b, h, w, dim)` to one of the same shape."""
-        normed = self.norm(x)
+        normed = self.norm(x, narrow=True)
         far, near = self.mixer(normed), self.local(normed)
         return x + self.drop_path(far * self.gate(far, (1, 2)) + near * self.gate(near, (1, 2)))
 

@@ -52,7 +52,7 @@ class LocalVimBlock(AddNormBlock):
         residual = add_residual(self.drop_path(hidden), residual)
         if place.rotation is not None:
             residual = apply_rot_embed_cat(residual, place.rotation)
-        return self.mixer(self.norm(residual).to(hidden.dtype), place.grid), residual
+        return self.mixer(self.norm(residual, narrow=True).to(hidden.dtype), place.grid), residual
 
 
 class LocalVim(Tokens):

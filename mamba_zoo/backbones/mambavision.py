@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..scans import ScanLike, scan_order
 from ._base import Pyramid, Stage
-from ._block import LayerNorm
+from ._block import LayerNorm, branch_scale, skip_rate
 from ._embed import MapBatchNorm, MapConv
 from ._init import init_linear_, init_uniform_
 from ._keys import Key, rename
@@ -33,7 +33,7 @@ from ._ssm import DirectionLinear, SelectiveSSM, resolve_dt_rank, resolve_scan
 from ._windows import join_windows, split_windows
 
 # torch.fx takes these whole: they look at shapes.
-for _function in ("join_windows", "split_windows"):
+for _function in ("branch_scale", "join_windows", "split_windows"):
     torch.fx.wrap(_function)
 
 
@@ -154,8 +154,9 @@ class WindowBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens `(b, l, dim)` to the same shape."""
-        x = x + self.drop_path1(self.scale1(self.mixer(self.norm1(x))))
-        return x + self.drop_path2(self.scale2(self.mlp(self.norm2(x))))
+        y = self.scale1(self.mixer(self.norm1(x, narrow=True)))
+        x, y = self.norm2(x, y, branch_scale(y, skip_rate(self.drop_path1)), narrow=True)
+        return x + self.drop_path2(self.scale2(self.mlp(y)))
 
 
 class ConvBlock(nn.Module):
@@ -205,7 +206,8 @@ class MambaVisionStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(b, c, h, w)` to a map `(b, h', w', dim)`, a quarter of the size, rounded up."""
-        x = F.relu(self.norm1(self.conv1(x.permute(0, 2, 3, 1))))
+        # Channels last from the start, which the convolutions and norms that follow keep.
+        x = F.relu(self.norm1(self.conv1(x.permute(0, 2, 3, 1).contiguous())))
         return F.relu(self.norm2(self.conv2(x)))
 
 

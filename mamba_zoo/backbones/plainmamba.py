@@ -101,7 +101,7 @@ class PlainMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map `(b, h, w, dim)` to one of the same shape."""
-        return self.conv(x + self.drop_path(self.mixer(self.norm(x))))
+        return self.conv(x + self.drop_path(self.mixer(self.norm(x, narrow=True))))
 
 
 class PlainMambaStem(nn.Module):
@@ -142,7 +142,7 @@ class PlainMambaStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(b, c, h, w)` to a map `(b, ceil(h / patch_size), ceil(w / patch_size), dim)`."""
-        x = x.permute(0, 2, 3, 1)
+        x = x.permute(0, 2, 3, 1).contiguous()  # channels last, which what follows keeps
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x)))
         _, h, w, _ = x.shape
