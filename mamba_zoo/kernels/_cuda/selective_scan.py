@@ -21,8 +21,8 @@ _FROM_TO = struct.Struct("2Q")
 _JOB_SIZES = struct.Struct("2q6if4x")
 _MOST_JOBS = 8
 _OUTPUTS = (
-    "y", "du", "ddt", "dz", "dB", "dC", "final", "saved", "dA", "dD", "dbias", "dinitial", "carry", "carry_dt",
-)  # fmt: skip
+    "y", "u", "dt", "z", "B", "C", "final", "saved", "A", "D", "dt_bias", "initial_state", "carry", "carry_dt",
+)  # fmt: skip  # gradients under the names of their inputs
 _ROWS = (0, 1, 2, 3, 4, 5, 9)  # u, dt, B, C, z, dy and the order among the tensors of a call
 _setups: dict[tuple, _Setup] = {}
 
@@ -37,7 +37,8 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
     """`(y, final state if wanted, what the backward needs if `save`)`; see `ScanArgs` for the shapes."""
     call = _Call(s)
     setup = call.setup
-    y = call.zeros_unless_complete(setup.written_shape, s.out_dtype)
+    # Tokens that no direction visits stay zero.
+    y = (s.u.new_empty if s.complete else s.u.new_zeros)(setup.written_shape, dtype=s.out_dtype)
     saved = s.u.new_empty(setup.saved_shape, dtype=torch.float32) if save else None
     final = s.new_state() if want_final else None
     out = {"y": y.data_ptr(), "saved": _address(saved), "final": _address(final)}
@@ -58,35 +59,35 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
 def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> dict[str, Tensor]:
     """Gradients of all inputs that are given, by their names."""
     call = _Call(s, dy, dfinal)
-    setup, dtype, exact = call.setup, s.u.dtype, torch.float32
-    du = call.zeros_unless_complete(setup.du_shape, dtype)
-    ddt = call.zeros_unless_complete(setup.rows_shape, dtype)
-    dz = None if s.z is None else call.zeros_unless_complete(setup.dz_shape, dtype)
-    grads: dict[str, Tensor | None] = {"u": du, "dt": ddt, "z": dz}
-    sums = 2 if setup.blocks == 1 else 1 if torch.are_deterministic_algorithms_enabled() else 0
-    if sums == 2:
-        grads["B"] = call.zeros_unless_complete(setup.maps_shape, dtype)
-        grads["C"] = call.zeros_unless_complete(setup.maps_shape, dtype)
-        dB, dC = _address(grads["B"]), _address(grads["C"])
-    else:
-        if sums == 1:
-            maps = call.zeros_unless_complete((2, setup.blocks, *setup.maps_shape), exact)
-        else:
-            maps = s.u.new_zeros((2, *setup.maps_shape), dtype=exact)
-        dB = maps.data_ptr()
-        dC = dB + 2 * maps.numel()
-    # dA, dD and dbias of every row and chunk, one after another.
-    channels = setup.rows * setup.chunks * setup.k * setup.d
-    steps = s.u.new_empty(channels * (setup.n + 2), dtype=exact)
-    dA = steps.data_ptr()
-    dD = dA + 4 * channels * setup.n
-    dbias = dD + 4 * channels
+    setup = call.setup
+    new, exact, contiguous = s.u.new_empty, torch.float32, torch.contiguous_format
+    written = torch.empty_like if s.complete else torch.zeros_like  # as in the forward pass
+    # One part per direction where u or z is shared by them, which the launch at the end sums.
+    grads = {
+        "u": written(s.u if setup.k == 1 else s.dt, memory_format=contiguous),
+        "dt": written(s.dt, memory_format=contiguous),
+    }
+    if s.z is not None:
+        grads["z"] = written(s.z if setup.k == 1 else s.dt, memory_format=contiguous)
     if s.initial_state is not None:
         grads["initial_state"] = s.new_state()
-    out = {
-        "saved": _address(saved), "du": _address(du), "ddt": _address(ddt), "dz": _address(dz), "dB": dB, "dC": dC,
-        "dA": dA, "dD": dD, "dbias": dbias, "dinitial": _address(grads.get("initial_state")),
-    }  # fmt: skip
+    sums = 2 if setup.blocks == 1 else 1 if torch.are_deterministic_algorithms_enabled() else 0
+    if sums == 2:
+        grads["B"], grads["C"] = (written(x, memory_format=contiguous) for x in (s.B, s.C))
+    out = {name: x.data_ptr() for name, x in grads.items()}
+    out["saved"] = saved.data_ptr()
+    if sums != 2:
+        # Of every block of channels; added up by the blocks themselves unless the result must be the same every time.
+        zeros = sums == 0 or not s.complete
+        maps = (s.u.new_zeros if zeros else new)((2, setup.blocks if sums else 1, *setup.maps_shape), dtype=exact)
+        out["B"] = maps.data_ptr()
+        out["C"] = out["B"] + 2 * maps.numel()
+    # Of every row and chunk: n rates, a skip weight and a bias of every channel.
+    channels = setup.rows * setup.chunks * setup.k * setup.d
+    steps = new(channels * (setup.n + 2), dtype=exact)
+    out["A"] = steps.data_ptr()
+    out["D"] = out["A"] + 4 * channels * setup.n
+    out["dt_bias"] = out["D"] + 4 * channels
     if setup.chunks == 1:
         call.launch("backward", out, sums=sums)
     else:
@@ -95,13 +96,9 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
         call.carry(states, reverse=True)
         call.launch("backward", out, part=2, sums=sums)
     names, total = setup.sums_of_parts(sums)
-    parts = {"u": out["du"], "z": out["dz"], "B": dB, "C": dC, "A": dA, "D": dD, "dt_bias": dbias}
-    jobs = []
-    for name in names:  # the tensors of the parts are held until their sums are queued
-        grads[name] = result = torch.empty_like(getattr(s, name), memory_format=torch.contiguous_format)
-        jobs.append((parts[name], result.data_ptr()))
-    total.launch(jobs)
-    return {name: value for name, value in grads.items() if value is not None}
+    results = {name: torch.empty_like(getattr(s, name), memory_format=contiguous) for name in names}
+    total.launch([(out[name], x.data_ptr()) for name, x in results.items()])
+    return grads | results  # only now may the memory of the parts be used again
 
 
 class _Call:
@@ -127,11 +124,6 @@ class _Call:
             given = setup.readable(given)
             pointers = [0 if x is None else x.data_ptr() for x in given]
         self.setup, self.given, self.pointers = setup, given, pointers  # copies live until the kernels are queued
-
-    def zeros_unless_complete(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An output of the kernels: tokens that no direction visits stay zero."""
-        make = self.s.u.new_empty if self.s.complete else self.s.u.new_zeros
-        return make(shape, dtype=dtype)
 
     def chunk_states(self, out: dict[str, int]) -> tuple[Tensor, Tensor]:
         """Room for the state of every chunk and its summed step size, added to the outputs."""
@@ -175,18 +167,18 @@ class _Setup:
         self.maps_shape = tuple(s.B.shape)
         self.y_shape = s.y_shape
         self.written_shape = self.rows_shape if k > 1 else self.y_shape
-        # Parts per direction, unless u or z has its own direction each.
-        self.du_shape, self.dz_shape = (self.rows_shape if k > 1 or x is None else tuple(x.shape) for x in (s.u, s.z))
         self.u_shared, self.z_shared = (k > 1 and x is not None and x.dim() == 3 for x in (s.u, s.z))
         self.per_channel = [name for name in ("D", "dt_bias") if getattr(s, name) is not None]
         self._directions: _Sums | None = None
         self._sums: dict[int, tuple[tuple[str, ...], _Sums]] = {}
         tokens = [x for i, x in enumerate(rows) if x is not None and i not in (2, 3)]
-        self.width = 2 if d % 2 == 0 and all(_aligned(x, 2) for x in tokens) else 1
+        # Neighbouring channels that are read as one word.
+        chunk = next(w for w in (8, 4, 2, 1) if w * s.u.itemsize <= 16 and d % w == 0 and all(_aligned(x, w) for x in tokens))
+        self.width = min(2, chunk)
         maps = [x for x in rows[2:4] if x is not None]
         map_width = next(w for w in (4, 2, 1) if self.n % w == 0 and all(_aligned(x, w) for x in maps))
         self.variant = Variant(
-            s.u.dtype, s.out_dtype, map_width, spacing, s.dt_softplus, s.z is not None,
+            s.u.dtype, s.out_dtype, map_width, chunk, spacing, s.dt_softplus, s.z is not None,
             empty=not s.complete and s.offsets is None, exact=self.n == _plan.padded(self.n),
         )  # fmt: skip
         programs = self.rows * k * d
@@ -195,11 +187,10 @@ class _Setup:
         if self.chunks == 1:
             self.chunk = max(self.m, 1)
         self.programs = programs * self.chunks
+        limit = nvrtc.shared_memory(self.device)
         self.launches = {
-            "forward": _plan.forward_launch(self.n, d, self.programs, self.width),
-            "backward": _plan.fit_shared(
-                _plan.backward_launch(self.n, d, self.programs, self.width), spacing, nvrtc.shared_memory(self.device)
-            ),
+            name: _plan.fit_shared(name, choose(self.n, d, self.programs, self.width), self.variant, limit)
+            for name, choose in (("forward", _plan.forward_launch), ("backward", _plan.backward_launch))
         }
         self.blocks = -(-d // self.launches["backward"].channels)  # of channels, in the backward pass
         self._strides = [stride for x in rows for stride in _strides(x)]
@@ -222,7 +213,7 @@ class _Setup:
         blocks = -(-self.d // launch.channels)
         chunks = self.chunks - 1 if part in (1, 3) else self.chunks
         sizes = _SIZES.pack(*self._strides, *self._order_strides, *self._sizes, chunks, blocks, self._slots, self.scale)
-        shared = _plan.tile_states(launch, variant.spacing) if name == "backward" else 0
+        shared = _plan.shared_memory(name, launch, variant)
         loaded = nvrtc.load(_plan.source(name, launch, variant), f"scan_{name}", self.device, shared)
         return loaded, self.rows * chunks * self.k * blocks, launch.threads, sizes
 
@@ -320,8 +311,10 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def _aligned(x: Tensor, width: int) -> bool:
-    """Whether any `width` neighbours that start at a multiple of `width` can be read at once."""
-    return x.data_ptr() % (width * x.element_size()) == 0 and all(stride % width == 0 for stride in x.stride()[:-1])
+    """Whether any `width` neighbours that start at a multiple of `width` can be read at once, 16 bytes at a time."""
+    size = x.element_size()
+    step = min(16, width * size)
+    return x.data_ptr() % step == 0 and all(stride * size % step == 0 for stride in x.stride()[:-1])
 
 
 def _address(x: Tensor | None) -> int:
