@@ -172,13 +172,11 @@ class _Setup:
         self._directions: _Sums | None = None
         self._sums: dict[int, tuple[tuple[str, ...], _Sums]] = {}
         tokens = [x for i, x in enumerate(rows) if x is not None and i not in (2, 3)]
-        # Neighbouring channels that are read as one word.
-        chunk = next(w for w in (8, 4, 2, 1) if w * s.u.itemsize <= 16 and d % w == 0 and all(_aligned(x, w) for x in tokens))
-        self.width = min(2, chunk)
+        self.width = 2 if d % 2 == 0 and all(_aligned(x, 2) for x in tokens) else 1
         maps = [x for x in rows[2:4] if x is not None]
         map_width = next(w for w in (4, 2, 1) if self.n % w == 0 and all(_aligned(x, w) for x in maps))
         self.variant = Variant(
-            s.u.dtype, s.out_dtype, map_width, chunk, spacing, s.dt_softplus, s.z is not None,
+            s.u.dtype, s.out_dtype, map_width, spacing, s.dt_softplus, s.z is not None,
             empty=not s.complete and s.offsets is None, exact=self.n == _plan.padded(self.n),
         )  # fmt: skip
         programs = self.rows * k * d
@@ -187,10 +185,11 @@ class _Setup:
         if self.chunks == 1:
             self.chunk = max(self.m, 1)
         self.programs = programs * self.chunks
-        limit = nvrtc.shared_memory(self.device)
         self.launches = {
-            name: _plan.fit_shared(name, choose(self.n, d, self.programs, self.width), self.variant, limit)
-            for name, choose in (("forward", _plan.forward_launch), ("backward", _plan.backward_launch))
+            "forward": _plan.forward_launch(self.n, d, self.programs, self.width),
+            "backward": _plan.fit_shared(
+                _plan.backward_launch(self.n, d, self.programs, self.width), spacing, nvrtc.shared_memory(self.device)
+            ),
         }
         self.blocks = -(-d // self.launches["backward"].channels)  # of channels, in the backward pass
         self._strides = [stride for x in rows for stride in _strides(x)]
@@ -213,7 +212,7 @@ class _Setup:
         blocks = -(-self.d // launch.channels)
         chunks = self.chunks - 1 if part in (1, 3) else self.chunks
         sizes = _SIZES.pack(*self._strides, *self._order_strides, *self._sizes, chunks, blocks, self._slots, self.scale)
-        shared = _plan.shared_memory(name, launch, variant)
+        shared = _plan.tile_states(launch, variant.spacing) if name == "backward" else 0
         loaded = nvrtc.load(_plan.source(name, launch, variant), f"scan_{name}", self.device, shared)
         return loaded, self.rows * chunks * self.k * blocks, launch.threads, sizes
 
@@ -311,10 +310,8 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def _aligned(x: Tensor, width: int) -> bool:
-    """Whether any `width` neighbours that start at a multiple of `width` can be read at once, 16 bytes at a time."""
-    size = x.element_size()
-    step = min(16, width * size)
-    return x.data_ptr() % step == 0 and all(stride * size % step == 0 for stride in x.stride()[:-1])
+    """Whether any `width` neighbours that start at a multiple of `width` can be read at once."""
+    return x.data_ptr() % (width * x.element_size()) == 0 and all(stride % width == 0 for stride in x.stride()[:-1])
 
 
 def _address(x: Tensor | None) -> int:
