@@ -1,10 +1,9 @@
 """The orders in which tokens are visited: named, composed, or a user's own; the same tables for every model."""
 
 from . import curve, graph, grid, series, spectrogram, volume  # noqa: F401 - registers their scans
-from ._cloud import POINT_SCANS, register_point_scan, unregister_point_scan
+from ._names import ScanEntry
 from ._registry import (
     SCANS,
-    ScanEntry,
     ScanLike,
     as_spec,
     build_scan,
@@ -17,11 +16,10 @@ from ._registry import (
 from .compose import both_ways, filled, first, join, reverse, transpose, with_token
 from .core import Scan
 from .graph import Graphs, graph_order, graph_scan, register_graph_order
-from .points import point_order
+from .points import point_order, register_point_order
 from .series import correlation_scan, permuted_spec, with_correlation
 
 __all__ = [
-    "POINT_SCANS",
     "SCANS",
     "Graphs",
     "Scan",
@@ -40,13 +38,12 @@ __all__ = [
     "permuted_spec",
     "point_order",
     "register_graph_order",
-    "register_point_scan",
+    "register_point_order",
     "register_sample_order",
     "register_scan",
     "reverse",
     "scan_order",
     "transpose",
-    "unregister_point_scan",
     "unregister_scan",
     "with_correlation",
     "with_token",

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import fnmatch
 import hashlib
-import inspect
-import itertools
 import math
 import operator
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -22,26 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-from ._sample import GRID_SAMPLES, SAMPLE_ORDERS, SampleOrder, Samples, sample_entry
+from ._cloud import POINTS
+from ._names import Book, ScanEntry, grid_entry, identifier, parse, sample_entry
+from ._sample import GRID_SAMPLES, Samples
 from .compose import COMPOSITIONS
 from .core import Scan, check_coverage
 
 ScanLike: TypeAlias = "str | Scan | Callable[..., Any]"
 
 
-@dataclass(frozen=True)
-class ScanEntry:
-    """A registered scan: its function, where it is at home, and how its arguments are called."""
-
-    function: Callable[..., Any]
-    modality: tuple[str, ...]
-    axes: tuple[str, ...] | None  # names of the grid sizes; None takes any number
-    options: tuple[str, ...]  # further arguments, in order
-
-
-SCANS: dict[str, ScanEntry] = {}
-_anonymous: dict[str, ScanEntry] = {}  # functions and Scan objects given without a name, under names of our own
-_numbers = itertools.count(1)
+GRIDS = Book("scan", "raster", "the grid size", {name: c.function for name, c in COMPOSITIONS.items()})
+SCANS = GRIDS.named
 
 
 def register_scan(
@@ -69,11 +56,10 @@ def register_scan(
         [[2, 1, 0], [0, 1, 2]]
         >>> unregister_scan("backwards_rows")
     """
-    _check_identifier(name)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _check_name(name, function, SCANS, replace)
-        SCANS[name] = _entry(function, (modality,) if isinstance(modality, str) else tuple(modality))
+        homes = (modality,) if isinstance(modality, str) else tuple(modality)
+        GRIDS.add(name, grid_entry(function, homes), replace)
         _forget_tables()
         return function
 
@@ -85,36 +71,40 @@ def register_sample_order(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: give an order that follows from the data of samples a name, usable in specs like a scan of a grid.
 
-    The function takes the data of several samples packed into one list of tokens (for graphs: `scans.Graphs`), and
-    options with defaults. It returns token indices `(k, l)` or `(l,)` over that list, each sample's tokens among those
-    of the others in any way: the kernels keep samples apart.
+    The function takes the data of several samples at once, and options with defaults. Graphs (`scans.Graphs`) and their
+    like are packed into one list of tokens: it returns token indices `(k, l)` or `(l,)` over that list, each sample's
+    tokens among those of the others in any way, since the kernels keep samples apart. For points see
+    `register_point_order`.
 
     Args:
         name: A Python identifier that does not start with an underscore.
-        modality: Whose samples it takes, such as "graph".
+        modality: Whose samples it takes, such as "graph" or "points".
         replace: Take over a name that is taken. A function defined again in the same place may always do so.
 
     Raises:
         ValueError: the name is taken or is no identifier.
         TypeError: the function takes something else.
     """
-    _check_identifier(name)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _check_name(name, function, SAMPLE_ORDERS, replace)
-        SAMPLE_ORDERS[name] = sample_entry(function, modality)
+        _book(modality).add(name, sample_entry(function, modality), replace)
         _forget_tables()
         return function
 
     return register
 
 
-def unregister_scan(name: str) -> None:
-    """Remove a registered scan, or an order of samples, and forget its tables."""
-    if name not in SCANS and name not in SAMPLE_ORDERS:
-        raise ValueError(_unknown(name, name))
-    SCANS.pop(name, None)
-    SAMPLE_ORDERS.pop(name, None)
+def unregister_scan(name: str, modality: str | None = None) -> None:
+    """Remove a registered scan, or an order of samples, and forget its tables.
+
+    Args:
+        name: Of the scan.
+        modality: "points" for an order of points, whose names are their own.
+
+    Raises:
+        ValueError: nothing has that name.
+    """
+    _book(modality).remove(name)
     _forget_tables()
 
 
@@ -125,13 +115,16 @@ def list_scans(filter: str = "*", modality: str | None = None) -> list[str]:
         filter: With `*` and `?` as wildcards.
         modality: Only scans made for it, orders of its samples included; None lists all scans of grids.
     """
-    scans = [name for name, entry in SCANS.items() if modality is None or modality in entry.modality]
-    orders = [name for name, entry in SAMPLE_ORDERS.items() if modality == entry.modality]
-    if modality == "points":
-        from ._cloud import POINT_SCANS  # which builds on this file
+    found = [
+        name
+        for name, entry in _book(modality).named.items()
+        if (not entry.of_samples if modality is None else modality in entry.modality)
+    ]
+    return sorted(name for name in found if fnmatch.fnmatch(name, filter))
 
-        orders += POINT_SCANS
-    return sorted(name for name in (*scans, *orders) if fnmatch.fnmatch(name, filter))
+
+def _book(modality: str | None) -> Book:
+    return POINTS if modality == "points" else GRIDS
 
 
 def as_spec(scan: ScanLike) -> str:
@@ -147,22 +140,17 @@ def as_spec(scan: ScanLike) -> str:
         TypeError: anything else.
     """
     if isinstance(scan, str):
-        tree = _parse(scan)
+        tree = parse(scan)
         _resolve(tree, scan)
         return ast.unparse(tree)
     if isinstance(scan, Scan):
         digest = hashlib.sha1(repr((scan.size, scan.reduce, scan.length, scan.extra)).encode())
         digest.update(scan.order.cpu().numpy().tobytes())
-        key = f"_{_identifier(scan.name)}_{digest.hexdigest()[:10]}"
-        _anonymous.setdefault(key, ScanEntry(_fixed(scan.to("cpu")), (), None, ()))
+        key = f"_{identifier(scan.name)}_{digest.hexdigest()[:10]}"
+        GRIDS.unnamed.setdefault(key, ScanEntry(_fixed(scan.to("cpu")), (), None, ()))
         return key
     if callable(scan):
-        for key, entry in (*SCANS.items(), *_anonymous.items()):
-            if entry.function == scan:
-                return key
-        key = f"_{_identifier(getattr(scan, '__name__', type(scan).__name__))}_{next(_numbers)}"
-        _anonymous[key] = _entry(scan, ())
-        return key
+        return GRIDS.name_of(scan, lambda: grid_entry(scan, ()))
     raise TypeError(f"scan must be a name or spec, a Scan, or a function of the grid size, not {type(scan).__name__}")
 
 
@@ -201,7 +189,7 @@ def sample_scan(spec: str, samples: Samples) -> Scan:
     Raises:
         ValueError: a spec that needs a grid or samples of another modality, or an order that is not sound.
     """
-    tree = _parse(spec)
+    tree = parse(spec)
     with _plain():
         scan = replace(_resolve(tree, spec)(samples), name=ast.unparse(tree))
         if scan.length != samples[0]:
@@ -261,7 +249,7 @@ def _int32(spec: str, size: tuple[int, ...]) -> np.ndarray:
 def _build(spec: str, size: tuple[int, ...]) -> Scan:
     if not size or min(size) < 1:
         raise ValueError(f"a scan needs the size of its grid, every side >= 1, not {size}; for example 14, 14")
-    tree = _parse(spec)
+    tree = parse(spec)
     with _plain():
         scan = _resolve(tree, spec)(size)
         if not spec.startswith("_"):
@@ -282,61 +270,36 @@ def _forget_tables() -> None:
         cached.cache_clear()
 
 
-def _parse(spec: str) -> ast.expr:
-    try:
-        return ast.parse(spec.strip(), mode="eval").body
-    except SyntaxError as e:
-        raise ValueError(
-            f"scan={spec!r} does not parse ({e.msg}); write a name such as 'hilbert' or a call such as 'window(2)'"
-        ) from None
-
-
-def _resolve(node: ast.expr, spec: str) -> Callable[[tuple[int, ...]], Scan]:
+def _resolve(tree: ast.expr, spec: str) -> Callable[[tuple[int, ...]], Scan]:
     """Check names and arguments; return the function from grid size to scan."""
-    if isinstance(node, ast.Name):
-        name, arguments, keywords = node.id, [], []
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        name, arguments, keywords = node.func.id, node.args, node.keywords
-    else:
-        raise ValueError(
-            f"scan={spec!r}: {ast.unparse(node)!r} is no scan; use names, calls and literals, as in 'window(size=2)'"
-        )
-    options = {keyword.arg or "**": _literal(keyword.value, spec) for keyword in keywords}
-    if name in COMPOSITIONS:
-        composition = COMPOSITIONS[name]
-        inner = [_resolve(a, spec) for a in arguments if isinstance(a, ast.Name | ast.Call)]
-        values = [_literal(a, spec) for a in arguments[len(inner) :]]
-        if not inner:
-            raise ValueError(f"scan={spec!r}: {name} is made of other scans; write for example '{name}(raster)'")
-        _bind(composition.function, (*inner, *values), options, name, spec)
 
-        def compose(size: tuple[int, ...]) -> Scan:
+    def order(name: str, entry: ScanEntry, options: dict[str, Any]) -> Callable[[tuple[int, ...]], Scan]:
+        build = _order_samples if entry.of_samples else _call
+        return lambda size: build(name, entry, size, options)
+
+    def compose(
+        name: str, inner: list[Any], values: list[Any], options: dict[str, Any]
+    ) -> Callable[[tuple[int, ...]], Scan]:
+        composition = COMPOSITIONS[name]
+
+        def built(size: tuple[int, ...]) -> Scan:
             inside = composition.inner_size(size, *values, **options)
             if isinstance(size, Samples) and inside is not size:
                 raise ValueError(f"scan={spec!r}: {name} needs a grid, and samples have none")
             return composition.function(*(build(inside) for build in inner), *values, **options)
 
-        return compose
-    entry = SCANS.get(name) or SAMPLE_ORDERS.get(name) or _anonymous.get(name)
-    if entry is None:
-        raise ValueError(_unknown(name, spec))
-    values = [_literal(a, spec) for a in arguments]
-    named = dict(zip(entry.options, values, strict=False))
-    if len(values) > len(entry.options) or set(options) - set(entry.options) or set(named) & set(options):
-        takes = f"takes ({', '.join(entry.options)})" if entry.options else "takes no options"
-        raise ValueError(f"scan={spec!r}: {name} {takes} after the grid size")
-    settings = {**named, **options}
-    if isinstance(entry, SampleOrder):
-        return lambda size: _order_samples(name, entry, size, settings)
-    return lambda size: _call(name, entry, size, settings)
+        return built
+
+    return GRIDS.resolve(tree, spec, order, compose)
 
 
-def _order_samples(name: str, entry: SampleOrder, size: tuple[int, ...], options: dict[str, Any]) -> Scan:
+def _order_samples(name: str, entry: ScanEntry, size: tuple[int, ...], options: dict[str, Any]) -> Scan:
+    home = entry.modality[0]
     if isinstance(size, Samples):
-        if size.modality != entry.modality:
-            raise ValueError(f"scan {name!r} orders samples of {entry.modality}, not of {size.modality}")
+        if size.modality != home:
+            raise ValueError(f"scan {name!r} orders samples of {home}, not of {size.modality}")
         return _scan_of(name, entry.function(size.data, **options), size)
-    return _scan_of(name, entry.function(GRID_SAMPLES[entry.modality](size), **options), size)
+    return _scan_of(name, entry.function(GRID_SAMPLES[home](size), **options), size)
 
 
 def _call(name: str, entry: ScanEntry, size: tuple[int, ...], options: dict[str, Any]) -> Scan:
@@ -377,56 +340,5 @@ def _pack(scans: list[Scan], samples: Samples) -> Scan:
     return replace(scans[0], order=torch.cat(orders, dim=1), length=samples[0], size=tuple(samples), extra=())
 
 
-def _check_identifier(name: str) -> None:
-    if not name.isidentifier() or name.startswith("_"):
-        raise ValueError(f"scan name {name!r} must be a Python identifier without a leading underscore")
-
-
-def _check_name(name: str, function: Callable[..., Any], register: dict[str, Any], replace: bool) -> None:
-    """Raise if `name` stands for something else already."""
-    known = SCANS.get(name) or SAMPLE_ORDERS.get(name)
-    other_kind = known is not None and name not in register
-    if name in COMPOSITIONS or other_kind or (known and not replace and _origin(known.function) != _origin(function)):
-        raise ValueError(f"the scan name {name!r} is taken; choose another, or pass replace=True to take it over")
-
-
 def _fixed(scan: Scan) -> Callable[..., Scan]:
     return lambda *size: scan
-
-
-def _entry(function: Callable[..., Any], modality: tuple[str, ...]) -> ScanEntry:
-    parameters = inspect.signature(function).parameters.values()
-    axes = tuple(p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
-    options = tuple(p.name for p in parameters if p.default is not p.empty)
-    any_size = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return ScanEntry(function, modality, None if any_size else axes, options)
-
-
-def _bind(function: Callable[..., Any], values: tuple[Any, ...], options: dict[str, Any], name: str, spec: str) -> None:
-    try:
-        inspect.signature(function).bind(*values, **options)
-    except TypeError as e:
-        raise ValueError(f"scan={spec!r}: {name}{inspect.signature(function)} does not fit: {e}") from None
-
-
-def _literal(node: ast.expr, spec: str) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        raise ValueError(f"scan={spec!r}: {ast.unparse(node)!r} must be a literal, such as 2 or 'middle'") from None
-
-
-def _unknown(name: str, spec: str) -> str:
-    near = difflib.get_close_matches(name, [*SCANS, *SAMPLE_ORDERS, *COMPOSITIONS], n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(list_scans())}"
-    if name.startswith("_"):
-        hint = "it stands for an object that this process never saw; call as_spec with the object, or register it"
-    return f"no scan named {name!r}{f' in {spec!r}' if name != spec else ''}; {hint}"
-
-
-def _identifier(text: str) -> str:
-    return re.sub(r"\W+", "_", text).strip("_") or "scan"
-
-
-def _origin(function: Callable[..., Any]) -> tuple[str, str]:
-    return getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function))

@@ -1,25 +1,14 @@
 """Orders that follow from the data of each sample, such as a graph's edges or a cloud's points, and not from a grid.
 
 They share the specs of grid scans: `"both_ways(rcm)"` for graphs is written as `"both_ways(raster)"` for images. On a
-grid, such an order is that of the sample that its modality makes of the grid: of the graph of neighbouring cells, or of
-the points at their places, so that it can be drawn, described, compared, and used by an image model.
+grid, such an order is that of the sample that its modality makes of the grid, such as the graph of neighbouring cells,
+so that it can be drawn, described, compared, and used by an image model.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-
-@dataclass(frozen=True)
-class SampleOrder:
-    """A registered order of samples: its function, the modality whose samples it takes, and its options, in order."""
-
-    function: Callable[..., Any]
-    modality: str
-    options: tuple[str, ...]
 
 
 class Samples(tuple):
@@ -43,17 +32,4 @@ class Samples(tuple):
         return self
 
 
-SAMPLE_ORDERS: dict[str, SampleOrder] = {}
 GRID_SAMPLES: dict[str, Callable[[tuple[int, ...]], Any]] = {}  # modality -> what its orders take, for a grid
-
-
-def sample_entry(function: Callable[..., Any], modality: str) -> SampleOrder:
-    """What the registry keeps of a function whose first argument is the data; all others are options with defaults.
-
-    Raises:
-        TypeError: another signature.
-    """
-    first, *rest = inspect.signature(function).parameters.values()
-    if first.default is not first.empty or any(p.default is p.empty for p in rest):
-        raise TypeError(f"{function.__name__} must take the data of samples, then options that all have defaults")
-    return SampleOrder(function, modality, tuple(p.name for p in rest))

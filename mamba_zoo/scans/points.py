@@ -6,13 +6,15 @@ belong to a cloud alone, whatever is in the batch with it, unless a published mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ._cloud import PointScanLike, cloud_order, cloud_spec, register_point_scan
+from ._cloud import PointScanLike, cloud_order, cloud_spec
+from ._registry import register_sample_order
 
 _CELL = 0.02  # side of a cell, in the units of the points: what PointMamba and PCM use in a unit sphere
 _DEEPEST = 21  # three axes of so many bits fit an int64
@@ -53,13 +55,38 @@ def point_order(scan: PointScanLike, xyz: Tensor, cu_seqlens: Tensor | None = No
     return torch.cat(orders, dim=-1)
 
 
-@register_point_scan("given")
+def register_point_order(name: str, replace: bool = False) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorator: give an order of points a name, usable wherever a scan of points is expected.
+
+    The function takes coordinates `(b, n, 3)`, and options with defaults. It returns point indices `(b, n)`, or
+    `(b, k, n)` for k directions, int64; every row must be a permutation.
+
+    Args:
+        name: A Python identifier that does not start with an underscore.
+        replace: Take over a name that is taken. A function defined again in the same place may always do so.
+
+    Raises:
+        ValueError: the name is taken or is no identifier.
+
+    Example:
+        >>> from mamba_zoo.scans import unregister_scan
+        >>> @register_point_order("top_down", replace=True)
+        ... def top_down(xyz):
+        ...     return xyz[..., 2].argsort(dim=-1, descending=True, stable=True)
+        >>> point_order("both_ways(top_down)", torch.tensor([[[0.0, 0.0, 0.1], [0.0, 0.0, 0.2]]])).tolist()
+        [[[1, 0], [0, 1]]]
+        >>> unregister_scan("top_down", "points")
+    """
+    return register_sample_order(name, "points", replace)
+
+
+@register_point_order("given")
 def given(xyz: Tensor) -> Tensor:
     """The points as they are stored; for models that sample centres, furthest first."""
     return torch.arange(xyz.shape[1], device=xyz.device).expand(xyz.shape[:2])
 
 
-@register_point_scan("random")
+@register_point_order("random")
 def random(xyz: Tensor, seed: int = 0, k: int = 1) -> Tensor:
     """`k` shuffles, the same for all clouds of so many points: the control that any order has to beat."""
     b, n, _ = xyz.shape
@@ -67,39 +94,39 @@ def random(xyz: Tensor, seed: int = 0, k: int = 1) -> Tensor:
     return torch.stack([torch.randperm(n, generator=draw) for _ in range(k)]).to(xyz.device).expand(b, -1, -1)
 
 
-@register_point_scan("sort_x")
+@register_point_order("sort_x")
 def sort_x(xyz: Tensor) -> Tensor:
     """By the first coordinate; PointMamba's first version joins this with y and z (arXiv:2402.10739v1)."""
     return _sorted(xyz[..., 0])
 
 
-@register_point_scan("sort_y")
+@register_point_order("sort_y")
 def sort_y(xyz: Tensor) -> Tensor:
     """By the second coordinate."""
     return _sorted(xyz[..., 1])
 
 
-@register_point_scan("sort_z")
+@register_point_order("sort_z")
 def sort_z(xyz: Tensor) -> Tensor:
     """By the third coordinate."""
     return _sorted(xyz[..., 2])
 
 
-@register_point_scan("zcurve")
+@register_point_order("zcurve")
 def zcurve(xyz: Tensor, cell: float | None = _CELL, depth: int | None = None) -> Tensor:
     """Morton's Z curve through cells of side `cell`; see `hilbert` for the options."""
     grid, _ = _cells(xyz, cell, depth)
     return _sorted(zcurve_code(grid))
 
 
-@register_point_scan("zcurve_trans")
+@register_point_order("zcurve_trans")
 def zcurve_trans(xyz: Tensor, cell: float | None = _CELL, depth: int | None = None) -> Tensor:
     """The Z curve with the first two axes exchanged."""
     grid, _ = _cells(xyz, cell, depth)
     return _sorted(zcurve_code(_transposed(grid)))
 
 
-@register_point_scan("hilbert")
+@register_point_order("hilbert")
 def hilbert(xyz: Tensor, cell: float | None = _CELL, depth: int | None = None, shared_depth: bool = False) -> Tensor:
     """Hilbert's curve through cells of side `cell` (PointMamba, arXiv:2402.10739).
 
@@ -118,7 +145,7 @@ def hilbert(xyz: Tensor, cell: float | None = _CELL, depth: int | None = None, s
     return _sorted(hilbert_code(grid, depths.amax().expand_as(depths) if shared_depth else depths))
 
 
-@register_point_scan("hilbert_trans")
+@register_point_order("hilbert_trans")
 def hilbert_trans(
     xyz: Tensor, cell: float | None = _CELL, depth: int | None = None, shared_depth: bool = False
 ) -> Tensor:
@@ -128,7 +155,7 @@ def hilbert_trans(
     return _sorted(hilbert_code(_transposed(grid), depths))
 
 
-@register_point_scan("cts")
+@register_point_order("cts")
 def cts(xyz: Tensor, axes: str = "xyz", cell: float | None = _CELL, published: bool = False) -> Tensor:
     """Consistent traverse serialization (PCM, arXiv:2403.00762): a snake along one axis, then the next, then the last.
 
@@ -145,7 +172,7 @@ def cts(xyz: Tensor, axes: str = "xyz", cell: float | None = _CELL, published: b
     return _sorted(cts_code(grid, axes, published))
 
 
-@register_point_scan("spectral")
+@register_point_order("spectral")
 def spectral(xyz: Tensor, neighbours: int = 8) -> Tensor:
     """By the Fiedler vector of the graph of distances: the slowest wave over the cloud, from one end to the other.
 

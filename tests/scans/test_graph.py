@@ -16,11 +16,11 @@ from mamba_zoo.scans import (
     unregister_scan,
 )
 from mamba_zoo.scans._registry import sample_scan
-from mamba_zoo.scans._sample import SAMPLE_ORDERS, Samples
+from mamba_zoo.scans._sample import Samples
 from mamba_zoo.scans.graph import order_key, sort_nodes
 from mamba_zoo.scans.neighbourhood import neighbourhoods
 
-ORDERS = [name for name, entry in SAMPLE_ORDERS.items() if entry.modality == "graph"]
+ORDERS = list_scans(modality="graph")
 SPECS = [*ORDERS, "both_ways(degree)", "join(rcm, reverse(bfs))", "raster", "random(seed=3)"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mamba_zoo.backbones._mixer import Mamba
-from mamba_zoo.scans import POINT_SCANS, list_scans, point_order, register_point_scan, unregister_point_scan
+from mamba_zoo.scans import list_scans, point_order, register_point_order, unregister_scan
 from mamba_zoo.scans._cloud import rows_of, trusted
 from mamba_zoo.scans.points import cts_code, hilbert_code, zcurve_code
 
@@ -13,7 +13,7 @@ def clouds(b: int = 3, n: int = 40, device: str | torch.device = "cpu") -> torch
     return torch.randn(b, n, 3, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-@pytest.mark.parametrize("name", sorted(POINT_SCANS))
+@pytest.mark.parametrize("name", list_scans(modality="points"))
 def test_every_order_is_a_permutation_of_each_cloud_alone(name, device):
     x = clouds(device=device) * torch.tensor([0.1, 1.0, 5.0], device=device)[:, None, None]
     order = point_order(name, x)
@@ -25,7 +25,7 @@ def test_every_order_is_a_permutation_of_each_cloud_alone(name, device):
     assert torch.equal(point_order(name, x[:, :1]), torch.zeros(3, 1, 1, dtype=torch.int64, device=device))
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(POINT_SCANS) if name not in ("random", "given", "spectral")])
+@pytest.mark.parametrize("name", sorted({*list_scans(modality="points")} - {"random", "given", "spectral"}))
 def test_equal_points_are_visited_as_they_are_stored(name):
     x = clouds(1, 10).repeat_interleave(4, dim=1)
     order = point_order(name, x)[0, 0].view(10, 4)
@@ -113,14 +113,14 @@ def test_own_orders():
     x = clouds()
     assert torch.equal(point_order(by_distance, x)[:, 0], by_distance(x))
 
-    register_point_scan("by_distance")(by_distance)
+    register_point_order("by_distance")(by_distance)
     try:
         assert "by_distance" in list_scans(modality="points")
         assert point_order("both_ways(by_distance)", x).shape == (3, 2, 40)
         with pytest.raises(ValueError, match="is taken"):
-            register_point_scan("by_distance")(by_distance)
+            register_point_order("by_distance")(lambda xyz: xyz)
     finally:
-        unregister_point_scan("by_distance")
+        unregister_scan("by_distance", "points")
     with pytest.raises(TypeError, match=r"must return int64 indices \(3, 40\)"):
         point_order(lambda xyz: xyz, x)
 
