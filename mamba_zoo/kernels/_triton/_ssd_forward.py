@@ -17,25 +17,22 @@ from ._ssd_tiles import (
     in_states,
     place_of_segment,
     product,
-    steps_of_head,
     store_outside,
     tokens_of_chunk,
 )
 from ._tiles import load_tile, store_tile
 
 SIZES = ["m", "k", "h", "per_group", "blocks", "chunks", "segments", "per_segment", "rows", "order_b", "order_k"]
-STEPS = ["dt_b", "dt_l", "dt_k", "dt_h", "decay_b", "decay_l", "decay_k", "decay_h"]
-FORWARD = [*SIZES, "l", *STEPS, "x_b", "x_l", "x_k", "x_h", "B_b", "B_l", "B_k", "B_g", "C_b", "C_l", "C_k", "C_g"]
-STATES = [*SIZES, *STEPS, "v_b", "v_l", "v_k", "v_h", "M_b", "M_l", "M_k", "M_g"]
+FORWARD = [*SIZES, "l", "x_b", "x_l", "x_k", "x_h", "B_b", "B_l", "B_k", "B_g", "C_b", "C_l", "C_k", "C_g"]
+STATES = [*SIZES, "v_b", "v_l", "v_k", "v_h", "M_b", "M_l", "M_k", "M_g"]
 
 
 @triton.jit(do_not_specialize=FORWARD)
 def ssd_forward(
-    x, dt, A, B, C, D, decay, bias, order, first_chunk, initial, ends, totals, y, final,
+    x, B, C, D, deltas, sums_of_steps, order, first_chunk, initial, ends, totals, y, final,
     m, k, h, per_group, blocks, chunks, segments, per_segment, rows, order_b, order_k,
-    l, dt_b, dt_l, dt_k, dt_h, decay_b, decay_l, decay_k, decay_h,
-    x_b, x_l, x_k, x_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g,
-    SOFTPLUS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, Q: tl.constexpr,
+    l, x_b, x_l, x_k, x_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g,
+    N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, Q: tl.constexpr,
     V: tl.constexpr, VN: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `y (b, l, k, h, p)` and `final (rows, k, h, p, n)`, where given.
@@ -55,34 +52,35 @@ def ssd_forward(
     x += (sample * x_b + direction * x_k + head * x_h) * V
     B += (sample * B_b + direction * B_k + group * B_g) * VN
     C += (sample * C_b + direction * C_k + group * C_g) * VN
-    dt += sample * dt_b + direction * dt_k + head * dt_h
-    if decay is not None:
-        decay += sample * decay_b + direction * decay_k + head * decay_h
     y += (sample * l * k + direction) * h * P + head * P
-    in_k = direction * h + head
-    rate = tl.load(A + in_k) if A is not None else 0.0
-    shift = tl.load(bias + in_k) if bias is not None else 0.0
-    skip = tl.load(D + in_k * P + lane, mask=lane_ok, other=0.0)[None, :] if D is not None else 0.0
+    skip = tl.load(D + (direction * h + head) * P + lane, mask=lane_ok, other=0.0)[None, :] if D is not None else 0.0
     state = entering_state(
         initial, ends, totals, row, direction, head, segment, segments, k, h, block, False, N, NP, P, PB
     )
+    step = tl.arange(0, Q)
+    steps = ((sample * k + direction) * chunks * h + head) * Q
+    deltas += steps
+    sums_of_steps += steps
+    total = tl.load(sums_of_steps + tl.full((), first, tl.int64) * h * Q + Q - 1, mask=first < last, other=0.0)
     for chunk in range(first, last):
         tokens = tokens_of_chunk(order, chunk, m, Q)
         maps_in = load_tile(B, tokens, B_l * VN, state_lane, state_ok, WIDE).to(DTYPE)
         maps_out = load_tile(C, tokens, C_l * VN, state_lane, state_ok, WIDE).to(DTYPE)
         value = load_tile(x, tokens, x_l * V, lane, lane_ok, WIDE)
-        delta, _, log = steps_of_head(dt, dt_l, decay, decay_l, rate, shift, tokens, SOFTPLUS, WIDE)
-        sums = tl.cumsum(log, 0)
-        total = tl.sum(log, 0)
-        out = product(maps_out, state.to(DTYPE), PRECISION) * tl.exp(sums)[:, None]
+        at = tl.full((), chunk, tl.int64) * h * Q
+        delta = tl.load(deltas + at + step)
+        sums = tl.load(sums_of_steps + at + step)
+        following = tl.load(sums_of_steps + at + h * Q + Q - 1, mask=chunk + 1 < last, other=0.0)
+        out = product(maps_out, state.to(DTYPE), PRECISION) * tl.exp2(sums)[:, None]
         mixed = product(maps_out, tl.trans(maps_in), PRECISION) * causal(sums, Q) * delta[None, :]
         out += product(mixed.to(DTYPE), value.to(DTYPE), PRECISION)
         wide = value.to(tl.float32)
         if D is not None:
             out += skip * wide
         store_tile(y, tokens, k * h * P, lane, lane_ok, out, WIDE)
-        left = (tl.exp(total - sums) * delta)[:, None] * wide
-        state = state * tl.exp(total) + product(tl.trans(maps_in), left.to(DTYPE), PRECISION)
+        left = (tl.exp2(total - sums) * delta)[:, None] * wide
+        state = state * tl.exp2(total) + product(tl.trans(maps_in), left.to(DTYPE), PRECISION)
+        total = following
     if final is not None:
         if segment == segments - 1:
             store_outside(final, state, row, direction, head, k, h, block, N, NP, P, PB)
@@ -90,10 +88,10 @@ def ssd_forward(
 
 @triton.jit(do_not_specialize=STATES)
 def ssd_states(
-    values, dt, A, maps, decay, bias, order, first_chunk, initial, ends, totals, states, final,
+    values, maps, deltas, sums_of_steps, order, first_chunk, initial, ends, totals, states, final,
     m, k, h, per_group, blocks, chunks, segments, per_segment, rows, order_b, order_k,
-    dt_b, dt_l, dt_k, dt_h, decay_b, decay_l, decay_k, decay_h, v_b, v_l, v_k, v_h, M_b, M_l, M_k, M_g,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr,
+    v_b, v_l, v_k, v_h, M_b, M_l, M_k, M_g,
+    REVERSE: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr,
     PB: tl.constexpr, Q: tl.constexpr, V: tl.constexpr, VN: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -116,12 +114,6 @@ def ssd_states(
     order += sample * order_b + direction * order_k
     values += (sample * v_b + direction * v_k + head * v_h) * V
     maps += (sample * M_b + direction * M_k + head // per_group * M_g) * VN
-    dt += sample * dt_b + direction * dt_k + head * dt_h
-    if decay is not None:
-        decay += sample * decay_b + direction * decay_k + head * decay_h
-    in_k = direction * h + head
-    rate = tl.load(A + in_k) if A is not None else 0.0
-    shift = tl.load(bias + in_k) if bias is not None else 0.0
     inside, exists = in_states(block, N, NP, P, PB)
     if states is not None:
         state = entering_state(
@@ -131,19 +123,29 @@ def ssd_states(
     else:
         state = tl.zeros((NP, PB), tl.float32)
     whole = 0.0
+    step = tl.arange(0, Q)
+    steps = ((sample * k + direction) * chunks * h + head) * Q
+    deltas += steps
+    sums_of_steps += steps
+    begin = last - 1 if REVERSE else first
+    total = tl.load(sums_of_steps + tl.full((), begin, tl.int64) * h * Q + Q - 1, mask=first < last, other=0.0)
     for i in range(last - first):
         chunk = last - 1 - i if REVERSE else first + i
+        next_chunk = chunk - 1 if REVERSE else chunk + 1
         tokens = tokens_of_chunk(order, chunk, m, Q)
         rows_in = load_tile(maps, tokens, M_l * VN, state_lane, state_ok, WIDE).to(DTYPE)
         value = load_tile(values, tokens, v_l * V, lane, lane_ok, WIDE).to(tl.float32)
-        delta, _, log = steps_of_head(dt, dt_l, decay, decay_l, rate, shift, tokens, SOFTPLUS, WIDE)
-        sums = tl.cumsum(log, 0)
-        total = tl.sum(log, 0)
+        at = tl.full((), chunk, tl.int64) * h * Q
+        sums = tl.load(sums_of_steps + at + step)
+        following = tl.load(
+            sums_of_steps + tl.full((), next_chunk, tl.int64) * h * Q + Q - 1, mask=i + 1 < last - first, other=0.0
+        )
         if states is not None:
-            tl.store(states + chunk.to(tl.int64) * h * (N * P) + inside, state, mask=exists)
-        weight = tl.exp(sums) if REVERSE else tl.exp(total - sums) * delta
-        state = state * tl.exp(total) + product(tl.trans(rows_in), (weight[:, None] * value).to(DTYPE), PRECISION)
+            tl.store(states + tl.full((), chunk, tl.int64) * h * (N * P) + inside, state, mask=exists)
+        weight = tl.exp2(sums) if REVERSE else tl.exp2(total - sums) * tl.load(deltas + at + step)
+        state = state * tl.exp2(total) + product(tl.trans(rows_in), (weight[:, None] * value).to(DTYPE), PRECISION)
         whole += total
+        total = following
     if states is None:
         place = ((row * k + direction) * segments + segment) * h + head
         tl.store(ends + place * (N * P) + inside, state, mask=exists)

@@ -9,7 +9,6 @@ head through one segment. The states that enter a segment are put together from 
 import triton
 import triton.language as tl
 
-from ._math import softplus_and_slope
 from ._tiles import END
 
 
@@ -40,23 +39,6 @@ def tokens_of_chunk(order, chunk, m, Q: tl.constexpr):
 
 
 @triton.jit
-def steps_of_head(dt, dt_l, decay, decay_l, rate, shift, tokens, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr):
-    """Step sizes (Q,), their derivatives in `dt`, and logarithms of the decays; all 0 where the chunk is not full."""
-    at = tokens.to(tl.int64) if WIDE else tokens
-    raw = tl.load(dt + at * dt_l, mask=tokens >= 0, other=0.0).to(tl.float32) + shift
-    delta = raw
-    slope = tl.full(raw.shape, 1.0, tl.float32)
-    if SOFTPLUS:
-        delta, slope = softplus_and_slope(raw)
-    delta = tl.where(tokens != END, delta, 0.0)
-    slope = tl.where(tokens != END, slope, 0.0)
-    log = delta * rate
-    if decay is not None:
-        log = tl.load(decay + at * decay_l, mask=tokens >= 0, other=0.0).to(tl.float32)
-    return delta, slope, log
-
-
-@triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """`a @ b` in float32, of float32 operands by tf32 or three times tf32."""
     return tl.dot(a, b, input_precision=PRECISION)
@@ -67,7 +49,7 @@ def causal(sums, Q: tl.constexpr):
     """The decay from step j to step i at (i, j), (Q, Q); 0 where j comes later."""
     step = tl.arange(0, Q)
     gap = sums[:, None] - sums[None, :]
-    return tl.exp(tl.where(step[:, None] >= step[None, :], gap, float("-inf")))
+    return tl.exp2(tl.where(step[:, None] >= step[None, :], gap, float("-inf")))
 
 
 @triton.jit
@@ -85,7 +67,7 @@ def entering_state(
 ):  # fmt: skip
     """The state (NP, PB) that enters a segment, from the given one and what the segments before it leave.
 
-    `initial (rows, k, h, p, n)`; `ends (rows, k, segments, h, n, p)` and the sums of the logarithms of decays,
+    `initial (rows, k, h, p, n)`; `ends (rows, k, segments, h, n, p)` and the sums of the binary logarithms of decays,
     `totals (rows, k, segments, h)`; None where there is one segment.
     """
     state = tl.zeros((NP, PB), tl.float32)
@@ -99,7 +81,7 @@ def entering_state(
         for i in range(before):
             other = segments - 1 - i if REVERSE else i
             place = ((row * k + direction) * segments + other) * h + head
-            state = state * tl.exp(tl.load(totals + place)) + tl.load(
+            state = state * tl.exp2(tl.load(totals + place)) + tl.load(
                 ends + place * (N * P) + inside, mask=exists, other=0.0
             )
     return state

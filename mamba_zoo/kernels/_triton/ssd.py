@@ -42,7 +42,7 @@ class Shape:
 
 # Chosen by what the compiler says for sm_90 (triton 3.6; 128 states, 64 channels a head). Registers of a lane, bytes
 # that it spills, shared memory; bfloat16: 255, 144, 89 kB; 118, 0, 57 kB; 246, 0, 96 kB; 128, 120, 56 kB.
-FORWARD, STATES, HEADS, MAPS = Shape(4, 3), Shape(8, 3), Shape(4), Shape(8, 2, 128)
+FORWARD, STATES, HEADS, MAPS = Shape(4, 3), Shape(8, 3), Shape(4), Shape(8, 2)
 # Float32 operands take twice the room: 255, 1736, 64 kB; 140, 0, 48 kB; 255, 2624, 64 kB; 255, 568, 96 kB.
 WIDE_FORWARD, WIDE_STATES, WIDE_HEADS, WIDE_MAPS = Shape(8), Shape(8, 2), Shape(8), Shape(8)
 
@@ -59,9 +59,9 @@ def forward(s: SsdArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
     ends, totals = c.ends(c.x, c.B, reverse=False)
     launch(
         ssd_forward, c.programs, s.x,
-        c.x, s.dt, c.A, c.B, c.C, c.D, s.decay, c.bias, c.order, c.first_chunk, c.initial, ends, totals, y, final,
-        *c.sizes, s.l, *c.step_strides, *_strides(c.x, c.width), *_strides(c.B, c.state_width),
-        *_strides(c.C, c.state_width), **c.constants, **c.options("forward"),
+        c.x, c.B, c.C, c.D, c.deltas, c.sums, c.order, c.first_chunk, c.initial, ends, totals, y, final,
+        *c.sizes, s.l, *_strides(c.x, c.width), *_strides(c.B, c.state_width), *_strides(c.C, c.state_width),
+        **c.constants, **c.options("forward"),
     )  # fmt: skip
     return y.to(s.out_dtype), final
 
@@ -73,12 +73,14 @@ def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]
     from ._ssd_backward import ssd_backward_heads, ssd_backward_maps
 
     dy = with_unit_stride(dy)
-    c = _Call(s, dy)
+    c = _Call(s, dy, slopes=True)
     dinitial = None if s.initial_state is None else s.new_state()
     states = c.states(c.x, c.B, c.initial, None, reverse=False)
     ahead = c.states(dy, c.C, None if dfinal is None else dfinal.contiguous(), dinitial, reverse=True)
     sizes = (c.m, s.k, s.h, s.h // s.g, c.chunks, s.rows, *c.order_strides, s.l)
-    rows = (*c.step_strides, *_strides(c.x, c.width), *_strides(dy, c.width))
+    strides = (
+        *_strides(c.x, c.width), *_strides(dy, c.width), *_strides(c.B, c.state_width), *_strides(c.C, c.state_width)
+    )  # fmt: skip
 
     dx, ddt = c.new(s.y_shape, s.x.dtype), c.new(s.dt.shape, s.dt.dtype)
     ddecay = None if s.decay is None else c.new(s.dt.shape, s.decay.dtype)
@@ -86,9 +88,8 @@ def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]
     sums = make((s.b * c.chunks, s.k, s.h, s.p + 2), dtype=torch.float32)
     launch(
         ssd_backward_heads, s.b * c.chunks * s.k * s.h, s.x,
-        c.x, s.dt, c.A, c.B, c.C, c.D, s.decay, c.bias, c.order, c.first_chunk, states, ahead, dy,
-        dx, ddt, ddecay, sums, *sizes, *rows, *_strides(c.B, c.state_width), *_strides(c.C, c.state_width),
-        **c.constants, **c.options("heads"),
+        c.x, c.A, c.B, c.C, c.D, c.deltas, c.sums, c.slopes, c.order, c.first_chunk, states, ahead, dy,
+        dx, ddt, ddecay, sums, *sizes, *strides, **c.constants, **c.options("heads"),
     )  # fmt: skip
 
     groups = s.b * c.chunks * s.k * s.g
@@ -97,13 +98,11 @@ def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]
     parts = -(-s.h // s.g // per_part)
     shape = (parts, s.b, s.l, s.k, s.g, s.n)
     dB, dC = (c.new(shape, s.B.dtype if parts == 1 else torch.float32) for _ in range(2))
-    for maps, between, grad, reverse in ((c.B, states, dC, False), (c.C, ahead, dB, True)):
-        launch(
-            ssd_backward_maps, groups * parts, s.x,
-            c.x, s.dt, c.A, maps, s.decay, c.bias, c.order, c.first_chunk, between, dy, grad,
-            *sizes, s.g, per_part, parts, s.b * s.l * s.k * s.g, *rows, *_strides(maps, c.state_width), REVERSE=reverse,
-            **c.constants, **c.options("maps"),
-        )  # fmt: skip
+    launch(
+        ssd_backward_maps, groups * parts, s.x,
+        c.x, c.B, c.C, c.deltas, c.sums, c.order, c.first_chunk, states, ahead, dy, dB, dC,
+        *sizes, s.g, per_part, parts, s.b * s.l * s.k * s.g, *strides, **c.constants, **c.options("maps"),
+    )  # fmt: skip
 
     if s.x.dim() == 4:
         dx = dx[:, :, 0] if s.k == 1 else dx.sum(2)
@@ -143,7 +142,7 @@ def precision(dtype: torch.dtype) -> str:
 class _Call:
     """The arguments as the kernels read them, and what every launch needs."""
 
-    def __init__(self, s: SsdArgs, dy: Tensor | None = None):
+    def __init__(self, s: SsdArgs, dy: Tensor | None = None, slopes: bool = False):
         import triton.language as tl
 
         self.s = s
@@ -167,8 +166,6 @@ class _Call:
             self.segments = -(-self.chunks // self.per_segment)
         self.programs = streams * self.segments
         self.order_strides = (0 if self.order.shape[0] == 1 else self.order.stride(0), self.order.stride(1))
-        decay = s.dt if s.decay is None else s.decay
-        self.step_strides = (*s.dt.stride(), *decay.stride())
         self.sizes = (
             self.m, s.k, s.h, s.h // s.g, self.blocks, self.chunks, self.segments, self.per_segment, s.rows,
             *self.order_strides,
@@ -178,12 +175,31 @@ class _Call:
         longest = s.l * s.k * max(s.h * s.p, s.g * s.n)
         exact = not _in_bfloat16(s)
         self.constants: dict[str, Any] = {
-            "SOFTPLUS": s.dt_softplus, "N": s.n, "NP": max(16, _power_of_two(s.n)), "P": s.p, "PB": channels,
+            "N": s.n, "NP": max(16, _power_of_two(s.n)), "P": s.p, "PB": channels,
             "Q": self.steps, "V": self.width, "VN": self.state_width,
             "WIDE": longest >= 2**31 or needs_wide_offsets(self.x, self.B, self.C, dy, s.dt, s.decay),
             "DTYPE": tl.float32 if exact else tl.bfloat16,
             "PRECISION": precision(s.x.dtype),
         }  # fmt: skip
+        self._compute_steps(slopes)
+
+    def _compute_steps(self, slopes: bool) -> None:
+        """Sizes, decays and, for gradients, slopes of all steps, by chunks."""
+        from ._ssd_steps import ssd_steps
+
+        s = self.s
+        heads = min(32, _power_of_two(s.h))
+        blocks = -(-s.h // heads)
+        shape = (s.b, s.k, self.chunks, s.h, self.steps)
+        self.deltas, self.sums = (s.x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+        self.slopes = s.x.new_empty(shape, dtype=torch.float32) if slopes else None
+        decay = s.dt if s.decay is None else s.decay
+        launch(
+            ssd_steps, s.b * s.k * self.chunks * blocks, s.x,
+            s.dt, self.A, s.decay, self.bias, self.order, self.deltas, self.sums, self.slopes,
+            self.m, s.k, s.h, blocks, self.chunks, *self.order_strides, *s.dt.stride(), *decay.stride(),
+            SOFTPLUS=s.dt_softplus, Q=self.steps, HEADS=heads, WIDE=self.constants["WIDE"], num_warps=4,
+        )  # fmt: skip
 
     def options(self, kernel: str) -> dict[str, int]:
         """For the launch of a kernel."""
@@ -221,10 +237,9 @@ class _Call:
         s = self.s
         launch(
             ssd_states, self.programs, s.x,
-            values, s.dt, self.A, maps, s.decay, self.bias, self.order, self.first_chunk, initial, ends, totals, states,
-            final, *self.sizes, *self.step_strides, *_strides(values, self.width),
-            *_strides(maps, self.state_width), REVERSE=reverse, **self.constants,
-            **self.options("states"),
+            values, maps, self.deltas, self.sums, self.order, self.first_chunk, initial, ends, totals, states, final,
+            *self.sizes, *_strides(values, self.width), *_strides(maps, self.state_width), REVERSE=reverse,
+            **self.constants, **self.options("states"),
         )  # fmt: skip
 
 
