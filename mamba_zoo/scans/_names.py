@@ -58,10 +58,8 @@ class Book:
         """Give an order a name.
 
         Raises:
-            ValueError: the name is no identifier, or is taken by something else.
+            ValueError: it is taken by something else.
         """
-        if not name.isidentifier() or name.startswith("_"):
-            raise ValueError(f"scan name {name!r} must be a Python identifier without a leading underscore")
         known = self.named.get(name)
         other = known is not None and (
             known.of_samples != entry.of_samples or not (replace or _origin(known.function) == _origin(entry.function))
@@ -200,6 +198,12 @@ def sample_entry(function: Callable[..., Any], modality: str) -> ScanEntry:
         name = getattr(function, "__name__", type(function).__name__)
         raise TypeError(f"{name} must take the data of samples, then options that all have defaults")
     return ScanEntry(function, (modality,), None, tuple(p.name for p in rest), of_samples=True)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless orders may have that name."""
+    if not name.isidentifier() or name.startswith("_"):
+        raise ValueError(f"scan name {name!r} must be a Python identifier without a leading underscore")
 
 
 def identifier(text: str) -> str:

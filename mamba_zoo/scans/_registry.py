@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from ._cloud import POINTS
-from ._names import Book, ScanEntry, grid_entry, identifier, parse, sample_entry
+from ._names import Book, ScanEntry, check_name, grid_entry, identifier, parse, sample_entry
 from ._sample import GRID_SAMPLES, Samples
 from .compose import COMPOSITIONS
 from .core import Scan, check_coverage
@@ -56,6 +56,7 @@ def register_scan(
         [[2, 1, 0], [0, 1, 2]]
         >>> unregister_scan("backwards_rows")
     """
+    check_name(name)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         homes = (modality,) if isinstance(modality, str) else tuple(modality)
@@ -85,6 +86,7 @@ def register_sample_order(
         ValueError: the name is taken or is no identifier.
         TypeError: the function takes something else.
     """
+    check_name(name)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _book(modality).add(name, sample_entry(function, modality), replace)
