@@ -69,6 +69,12 @@ class DualSSM(nn.Module):
         """The decay rates A `(k, h)`, negative, in float32 at least."""
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
+    def init_state(self, batch: int) -> Tensor:
+        """The memory before the first token of a stream, `(b, k, d, n)`: float32 at least, and zero."""
+        k, width = self.A_log.shape[0], self.x_proj.weight.shape[-1]
+        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
+        return self.A_log.new_zeros(batch, k, width, self.d_state, dtype=dtype)
+
     def extend(self, u: Tensor, state: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The next tokens of a stream; arguments and results as for `SelectiveSSM`, the state `(b, k, d, n)`."""
         dt, B, C = self._maps(u)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,15 @@ from ._ssm import DirectionLinear
 _SLOWEST = -1e-4  # decay rate
 
 
+class Memory(NamedTuple):
+    """What a stream keeps of the tokens before; its size does not depend on how many there were."""
+
+    scan: Tensor  # (b, k, h, p, n), the state h_t after the last token
+    x: Tensor  # (b, k, h, p), the last token, of which the next step takes a part
+    B: Tensor  # (b, k, h, n), its input map, rotated
+    turns: Tensor  # (b, k, h, r), the sum of angles, in radians up to whole turns
+
+
 def trapezoid(
     x: Tensor,
     dt: Tensor,
@@ -31,7 +40,8 @@ def trapezoid(
     order: Tensor | None = None,
     reduce: str | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:
+    memory: Memory | None = None,
+) -> Any:  # Tensor, or (Tensor, Memory) with a memory
     """The recurrence of Mamba-3, through the state-space dual.
 
     With `e = exp(rate dt)`, and steps t along the visiting order:
@@ -55,9 +65,10 @@ def trapezoid(
         order: `(k, m)` or `(b, k, m)`. An empty step is a token of zeros with a step size of zero.
         reduce: None, "sum" or "mean" over directions.
         cu_seqlens: `(s + 1,)` token boundaries of packed sequences.
+        memory: Of the tokens before these, in a stream: then neither `order` nor `cu_seqlens`.
 
     Returns:
-        `(b, l, k, h, p)`, or `(b, l, h, p)` with `reduce`.
+        `(b, l, k, h, p)`, or `(b, l, h, p)` with `reduce`; with `memory` also that after the last token.
     """
     b, l, k, _ = dt.shape
     exact = torch.promote_types(dt.dtype, torch.float32)
@@ -71,9 +82,18 @@ def trapezoid(
     given = _back(F.pad(dealt[:, 1:], (0, 0, 0, 0, 0, 1)), table, l)
     turns = _along((angle[:, :, :, None] * dt[..., None]).flatten(3), table).cumsum(1)
     turns = _back(turns, table, l).unflatten(3, (dt.shape[3], -1))
+    if memory is not None:
+        turns = turns + memory.turns[:, None]
     agree = (B.to(exact) * C.to(exact)).sum(-1)  # rotated together, they agree as before
     B, C = _rotate(B, turns), _rotate(C, turns)
-    y = ssd(x, trap * dt + given, None, B, C, D, order=order, cu_seqlens=cu_seqlens, decay=rate * dt, out_dtype=exact)
+    start = None
+    if memory is not None:  # and what the first of these tokens takes from the last of those before
+        start = memory.scan + (dealt[:, 0, ..., None] * memory.x)[..., None] * memory.B[:, :, :, None]
+    y = ssd(
+        x, trap * dt + given, None, B, C, D, order=order, cu_seqlens=cu_seqlens, decay=rate * dt, out_dtype=exact,
+        initial_state=start, return_final_state=memory is not None,
+    )  # fmt: skip
+    y, state = (y, None) if memory is None else y
     taken = (given * agree)[..., None] * (x if x.dim() == 5 else x[:, :, None])
     if table is not None:  # tokens that a direction never visits stay zero
         visited = _back(torch.ones_like(dealt[..., :1]), table, l)
@@ -81,7 +101,11 @@ def trapezoid(
     y = y - taken
     if reduce is not None:
         y = y.sum(2) if reduce == "sum" else y.mean(2)
-    return y.to(x.dtype) if x.dtype != torch.float16 else y
+    y = y.to(x.dtype) if x.dtype != torch.float16 else y
+    if memory is None or state is None:
+        return y
+    last = (x if x.dim() == 5 else x[:, :, None])[:, -1].expand_as(memory.x)
+    return y, Memory(state, last.to(exact), B[:, -1].to(exact), turns[:, -1].remainder(2 * math.pi))
 
 
 def _along(x: Tensor, table: Tensor | None) -> Tensor:
@@ -128,9 +152,9 @@ class _Maps(nn.Module):
 
     def forward(
         self, x: Tensor, dt: Tensor, rate: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, **options: Any
-    ) -> Tensor:
+    ) -> Any:
         """`trapezoid` of raw projections: of heads `(b, l, k, h)`, `angle (b, l, k, r)`, B and C `(b, l, k, g, n)`."""
-        order = options["order"]
+        order = options.get("order")
         k = max(dt.shape[2], self.D.shape[0], 1 if order is None else order.shape[-2])
         exact = torch.promote_types(dt.dtype, torch.float32)
         dt, rate, trap, angle = (t.to(exact).expand(-1, -1, k, -1) for t in (dt, rate, trap, angle))
@@ -145,6 +169,13 @@ class _Maps(nn.Module):
         angle = angle.tanh() * math.pi
         return trapezoid(x, dt, rate.clamp(max=_SLOWEST), trap.sigmoid(), angle, B, C, D, **options)
 
+    def init_state(self, batch: int, k: int, channels: int) -> Memory:
+        """The memory before the first token, of heads of `channels`: float32 at least, and zero."""
+        heads, n = self.B_bias.shape
+        sizes = ((channels, n), (channels,), (n,), (self.pairs,))
+        exact = torch.promote_types(self.D.dtype, torch.float32)
+        return Memory(*(self.D.new_zeros(batch, k, heads, *size, dtype=exact) for size in sizes))
+
     @staticmethod
     def _normed(maps: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
         exact = torch.promote_types(maps.dtype, torch.float32)
@@ -156,7 +187,7 @@ class TrapezoidSSM(nn.Module):
     """What `SelectiveSSM` is, with the recurrence of Mamba-3; it stands in for one of the same width, see `mixer=`.
 
     `x_proj.weight (k, 3h + r + 2n, d)` gives step, rate and weight of each head, r angles, B and C, in this order; the
-    other parameters but `dt_bias` and `D (k, h)` are shared by the directions. There is no streaming form.
+    other parameters but `dt_bias` and `D (k, h)` are shared by the directions.
 
     Args:
         dim: Channels d.
@@ -198,14 +229,8 @@ class TrapezoidSSM(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Scan the tokens along every direction; arguments and result as for `SelectiveSSM`."""
-        sizes = [self.heads] * 3 + [self.maps.pairs, self.d_state, self.d_state]
-        dt, rate, trap, angle, B, C = self.x_proj(u).split(sizes, dim=-1)
-        x = u.to(B.dtype).unflatten(-1, (self.heads, -1))
         gated = z is not None
-        y = self.maps(
-            x, dt, rate, trap, angle, B[:, :, :, None], C[:, :, :, None], order=order, cu_seqlens=cu_seqlens,
-            reduce=None if gated else reduce,
-        ).flatten(-2)  # fmt: skip
+        y = self.maps(*self._maps(u), order=order, cu_seqlens=cu_seqlens, reduce=None if gated else reduce).flatten(-2)
         if z is not None:
             gate = F.silu(z.to(y.dtype))
             y = y * (gate if z.dim() == 4 else gate[:, :, None])
@@ -213,15 +238,47 @@ class TrapezoidSSM(nn.Module):
                 y = y.sum(2) if reduce == "sum" else y.mean(2)
         return y
 
-    def extend(self, *_: Any) -> tuple[Tensor, Tensor]:
-        """Not there.
+    def init_state(self, batch: int) -> Tensor:
+        """The memory before the first token of a stream, one tensor `(b, k, d, s)`: float32 at least, and zero.
 
-        Raises:
-            NotImplementedError: always.
+        Of each head, its n states by p channels, its last token, and in as many columns as it takes, that token's input
+        map and the angles.
         """
-        raise NotImplementedError("mixer='mamba3' cannot stream yet; take mixer='mamba' or 'mamba2', or whole inputs")
+        k, width = self.maps.D.shape[0], self.x_proj.weight.shape[-1]
+        return self._packed(self.maps.init_state(batch, k, width // self.heads))
 
-    step = extend
+    def extend(self, u: Tensor, state: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The next tokens of a stream; arguments and results as for `SelectiveSSM`, the state as from `init_state`."""
+        y, memory = self.maps(*self._maps(u), memory=self._unpacked(state))
+        y = y.flatten(-2)
+        if z is not None:
+            gate = F.silu(z.to(y.dtype))
+            y = y * (gate if z.dim() == 4 else gate[:, :, None])
+        return y, self._packed(memory)
+
+    def step(self, u: Tensor, state: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`extend` for one token: `u` and `z` `(b, d)` or `(b, k, d)` to `(b, k, d)` and the new state."""
+        y, state = self.extend(u[:, None], state, None if z is None else z[:, None])
+        return y[:, 0], state
+
+    def _maps(self, u: Tensor) -> tuple[Tensor, ...]:
+        """What `maps` takes."""
+        sizes = [self.heads] * 3 + [self.maps.pairs, self.d_state, self.d_state]
+        dt, rate, trap, angle, B, C = self.x_proj(u).split(sizes, dim=-1)
+        x = u.to(B.dtype).unflatten(-1, (self.heads, -1))
+        return x, dt, rate, trap, angle, B[:, :, :, None], C[:, :, :, None]
+
+    def _packed(self, memory: Memory) -> Tensor:
+        p = memory.x.shape[-1]
+        rest = torch.cat([memory.B, memory.turns], -1)
+        rest = F.pad(rest, (0, -rest.shape[-1] % p)).unflatten(-1, (p, -1))
+        return torch.cat([memory.scan, memory.x[..., None], rest], -1).flatten(2, 3)
+
+    def _unpacked(self, state: Tensor) -> Memory:
+        state = state.unflatten(2, (self.heads, -1))
+        scan, x, rest = state.split([self.d_state, 1, state.shape[-1] - self.d_state - 1], -1)
+        B, turns = rest.flatten(-2)[..., : self.d_state + self.maps.pairs].split([self.d_state, self.maps.pairs], -1)
+        return Memory(scan, x[..., 0], B, turns)
 
 
 class Mamba3(nn.Module):
@@ -273,13 +330,32 @@ class Mamba3(nn.Module):
 
     def forward(self, x: Tensor, order: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Tokens `(b, l, dim)`, visited by `order` `(k, m)` or `(b, k, m)`, to `(b, l, dim)`."""
+        z, *maps = self._project(x)
+        return self._finish(self.maps(*maps, order=order, cu_seqlens=cu_seqlens, reduce=self.reduce), z)
+
+    def init_state(self, batch: int) -> Memory:
+        """The memory of `batch` streams before their first token; it does not grow."""
+        return self.maps.init_state(batch, 1, self.inner // self.heads)
+
+    def extend(self, x: Tensor, state: Memory) -> tuple[Tensor, Memory]:
+        """The next tokens of a stream `(b, l, dim)` to `(b, l, dim)` and the new state."""
+        z, *maps = self._project(x)
+        y, state = self.maps(*maps, reduce=self.reduce, memory=state)
+        return self._finish(y, z), state
+
+    def step(self, x: Tensor, state: Memory) -> tuple[Tensor, Memory]:
+        """`extend` for one token `(b, dim)`."""
+        y, state = self.extend(x[:, None], state)
+        return y[:, 0], state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The gate, and what `maps` takes."""
         z, u, B, C, dt, rate, trap, angle = self.in_proj(x).split(self._sizes(), dim=-1)
         B, C = (t.unflatten(-1, (self.groups, -1))[:, :, None] for t in (B, C))
         dt, rate, trap, angle = (t[:, :, None] for t in (dt, rate, trap, angle))
-        y = self.maps(
-            u.unflatten(-1, (self.heads, -1)), dt, rate, trap, angle, B, C, order=order, cu_seqlens=cu_seqlens,
-            reduce=self.reduce,
-        )  # fmt: skip
+        return z, u.unflatten(-1, (self.heads, -1)), dt, rate, trap, angle, B, C
+
+    def _finish(self, y: Tensor, z: Tensor) -> Tensor:
         if self.norm is not None:
             exact = torch.promote_types(y.dtype, torch.float32)
             y = F.rms_norm(y.to(exact), y.shape[-1:], None, 1e-5) * self.norm.to(exact).unflatten(0, (self.heads, -1))

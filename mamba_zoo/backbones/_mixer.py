@@ -85,11 +85,10 @@ class Mamba(nn.Module):
 
         Both float32 at least, and zero. Their size does not depend on how long the stream is.
         """
-        k, inner, width = self.conv.weight.shape
-        states = 0 if self.ssm is None else self.ssm.d_state
         weight = self.conv.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return tuple(weight.new_zeros(batch, k, inner, size, dtype=dtype) for size in (width - 1, states))  # type: ignore
+        k, inner, width = weight.shape
+        conv = weight.new_zeros(batch, k, inner, width - 1, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return conv, conv[..., :0] if self.ssm is None else self.ssm.init_state(batch)
 
     def extend(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The next tokens of a stream `(b, l, dim)` to `(b, l, dim)` and the new state; all directions run forwards."""

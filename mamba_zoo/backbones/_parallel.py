@@ -80,7 +80,7 @@ class ParallelMamba(nn.Module):
             return self._finish(x, u * F.silu(z))
         before = state.get(f"{self.name}.ssm")
         if before is None:
-            before = torch.zeros(len(x), k, inner, self.ssm.d_state, dtype=exact, device=x.device)
+            before = self.ssm.init_state(len(x))
         y, state[f"{self.name}.ssm"] = self.ssm.extend(u, before, z)
         return self._finish(x, y.to(u.dtype))
 

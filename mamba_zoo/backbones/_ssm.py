@@ -166,12 +166,17 @@ class SelectiveSSM(nn.Module):
         """The decay rates A `(k, d, n)`, negative, in float32 at least."""
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
+    def init_state(self, batch: int) -> Tensor:
+        """The memory before the first token of a stream, `(b, k, d, n)`: float32 at least, and zero."""
+        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
+        return self.A_log.new_zeros(batch, *self.A_log.shape, dtype=dtype)
+
     def extend(self, u: Tensor, state: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The next tokens of a stream, in their own order in every direction.
 
         Args:
             u: Tokens `(b, l, d)` or `(b, l, k, d)`.
-            state: `(b, k, d, n)` after the tokens before; zeros at the start.
+            state: `(b, k, d, n)` after the tokens before; see `init_state`.
             z: Gate, as for `forward`.
 
         Returns:

@@ -192,25 +192,54 @@ def turned(maps: Tensor, turn: Tensor) -> Tensor:
     return torch.cat([torch.view_as_real(pairs * torch.exp(1j * turn)).flatten(-2), maps[..., 2 * r :]], -1)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "mamba_sequence", "mamba2_130m", "mamba_130m"])
-def test_streams_equal_the_whole(name):
-    small: dict[str, Any] = {"dim": 16, "depth": 2, "vocab_size": 30, "d_state": 8}
-    if name == "mamba2":
-        small = {"dim": 16, "head_dim": 8, "d_state": 8}
-    elif name == "mamba_sequence":
-        small = {"dim": 16, "depth": 2, "mixer": "mamba2"}
-    elif name == "mamba2_130m":
-        small = {**small, "dim": 32}
+STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba2": ("mamba2", {"dim": 16, "head_dim": 8, "d_state": 8}),
+    "mamba3": ("mamba3", {"dim": 16, "head_dim": 8, "d_state": 8, "groups": 2}),
+    "mamba3 normed": ("mamba3", {"dim": 16, "head_dim": 8, "d_state": 6, "rope_fraction": 1.0, "out_norm": True}),
+    "sequence of mamba2": ("mamba_sequence", {"dim": 16, "depth": 2, "mixer": "mamba2"}),
+    "sequence of mamba3": ("mamba_sequence", {"dim": 16, "depth": 2, "mixer": "mamba3"}),
+    "mamba": ("mamba_130m", {"dim": 16, "depth": 2, "vocab_size": 30, "d_state": 8}),
+    "language of mamba2": ("mamba2_130m", {"dim": 32, "depth": 2, "vocab_size": 30, "d_state": 8}),
+    "language of mamba3": ("mamba_130m", {"dim": 32, "depth": 2, "vocab_size": 30, "d_state": 8, "mixer": "mamba3"}),
+}
+
+
+def memory_of(state: Any) -> int:
+    """Numbers that a stream keeps."""
+    return state.numel() if isinstance(state, Tensor) else sum(map(memory_of, state))
+
+
+@pytest.mark.parametrize("row", STREAMS)
+def test_streams_equal_the_whole(row):
+    name, small = STREAMS[row]
     model: Any = mamba_zoo.create_model(name, **small).eval()
-    x = torch.randint(30, (2, 9)) if "130m" in name else torch.randn(2, 9, 16 if name == "mamba2" else 1)
+    width = {"mamba2": 16, "mamba3": 16}.get(name, 1)
+    x = torch.randint(30, (2, 9)) if "130m" in name else torch.randn(2, 9, width)
     with torch.no_grad():
         whole = model(x)
         first, state = model.extend(x[:, :4], model.init_state(2))
-        outs = [first]
-        for t in range(4, 9):
+        outs, kept = [first], memory_of(model.init_state(2))
+        for t in range(4, 7):
             y, state = model.step(x[:, t], state)
             outs.append(y[:, None])
+            assert memory_of(state) == kept
+        outs.append(model.extend(x[:, 7:], state)[0])
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mamba3_stream_is_exact_and_differentiates():
+    """In float64, far beyond a whole turn of the angles, through the memory back to the first token."""
+    layer = Mamba3(8, d_state=6, head_dim=4, rope_fraction=1.0).double()
+    x = torch.randn(1, 40, 8, dtype=torch.float64, requires_grad=True)
+    want = layer(x)
+    state, outs = layer.init_state(1), []
+    for part in x.split([1, 17, 22], dim=1):
+        y, state = layer.extend(part, state)
+        outs.append(y)
+    got = torch.cat(outs, 1)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    ours, wanted = (torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want))
+    torch.testing.assert_close(ours, wanted, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,16 @@ def test_enhancer(sizes, samples, device):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba3"])
+def test_enhancer_with_another_mixer(mixer, device):
+    model = causal(mixer=mixer).to(device)
+    wave = torch.randn(2, 640, device=device)
+    with torch.no_grad():
+        want = model(wave)
+    got = torch.cat(list(stream(model, chunks(wave, [64, 1, 300]))), dim=1)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
 def test_an_enhancers_memory_does_not_grow_and_its_states_are_values():
     model = causal()
     state, sizes = model.init_state(1), []
