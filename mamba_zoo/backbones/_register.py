@@ -131,9 +131,13 @@ def build_model(
     pretrained: bool,
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
     taps: tuple[int, ...] = (0, 1, 2, 3),
+    /,
     **kwargs: Any,
 ) -> Model:
-    """`build_with_weights`; `features_only=True` gives NCHW maps of `out_indices`, else of `taps`."""
+    """`build_with_weights`; `features_only=True` gives NCHW maps of `out_indices`, else of `taps`.
+
+    All that has a name is the model's own.
+    """
     return build_with_weights(
         cls,
         name,

@@ -315,7 +315,7 @@ def _card(size: str, params: int, top1: float, drop_path: float) -> Card:
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> PlainMamba:
-    return build_model(PlainMamba, name, pretrained, checkpoint_filter_fn, taps=(-4, -3, -2, -1), **kwargs)
+    return build_model(PlainMamba, name, pretrained, checkpoint_filter_fn, (-4, -3, -2, -1), **kwargs)
 
 
 @register(_card("l1", 7_551_656, 77.9, 0.2), tag="in1k", **_CFG)

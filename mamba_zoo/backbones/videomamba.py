@@ -48,7 +48,8 @@ class VideoMamba(Tokens):
             takes images `(b, c, h, w)` and has no such embedding.
         in_chans: Channels of an image or a frame.
         num_classes: Classes; 0 returns the pooled features.
-        global_pool: "token" reads the class token, "avg" the mean of the patches; "" does not pool.
+        global_pool: "token" reads the class token, "avg" the mean of the patches; "" does not pool. None is "token", or
+            "avg" for `scan="none"`, where the class token sees only the patches near it.
         patch_size: Pixels per side of a patch.
         dim: Width.
         depth: Blocks.
@@ -56,18 +57,21 @@ class VideoMamba(Tokens):
         d_conv: Taps of the convolution.
         expand: Inner width of the mixer in units of `dim`.
         dt_rank: Rank of the step projection; "auto" is one sixteenth of `dim`, rounded up.
+        dt_init: How step biases start. "zero" is published; a state then forgets within two tokens until training finds
+            smaller steps, which takes more than small data sets. "spread" is Mamba's own (arXiv:2312.00752): steps
+            from 0.001 to 0.1, which remember the frame before from the start.
         scan: Visiting orders of the patches, on a grid `(h, w)` or `(t, h, w)`: a name, a specification, a `Scan` or a
             function; see `mamba_zoo.scans`. Of two directions that reverse each other the first visits the class token
             first and the other last; a direction without such a partner visits it last, or no patch would ever reach
             it. "none" keeps the two convolutions of "bidirectional", but leaves the scan and its parameters out of
-            every block, as a control; pool by "avg" then, because the class token sees only the patches near it.
+            every block, as a control.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Rate of the last block; rates rise linearly from 0.
         device: Of the parameters.
         dtype: Of the parameters.
 
     Raises:
-        ValueError: an unknown scan or pooling, an `img_size` smaller than a patch, or no frames.
+        ValueError: an unknown scan, pooling or `dt_init`, an `img_size` smaller than a patch, or no frames.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class VideoMamba(Tokens):
         num_frames: int | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: str = "token",
+        global_pool: str | None = None,
         patch_size: int = 16,
         dim: int = 192,
         depth: int = 24,
@@ -84,6 +88,7 @@ class VideoMamba(Tokens):
         d_conv: int = 4,
         expand: float = 2,
         dt_rank: int | str = "auto",
+        dt_init: str = "zero",
         scan: ScanLike = "bidirectional",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -96,6 +101,8 @@ class VideoMamba(Tokens):
             raise ValueError(f"img_size={img_size} is smaller than a patch, patch_size={patch_size}")
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"num_frames={num_frames} must be at least 1, or None for images")
+        if dt_init not in ("zero", "spread"):
+            raise ValueError(f"dt_init={dt_init!r} is unknown; choose 'zero' or 'spread'")
         ssm = scan != "none"
         spec, k = resolve_scan(scan if ssm else "bidirectional", dimensions=2 if num_frames is None else 3)
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
@@ -108,7 +115,7 @@ class VideoMamba(Tokens):
             patch_size,
             in_chans,
             num_classes,
-            global_pool,
+            global_pool if global_pool is not None else "token" if ssm else "avg",
             drop_rate,
             drop_path=rates[-1],
             **dd,
@@ -122,16 +129,16 @@ class VideoMamba(Tokens):
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid) + 1, dim, **dd))
         if num_frames is not None:
             self.temporal_pos_embed = nn.Parameter(torch.zeros(1, num_frames, dim, **dd))
-        self._init_weights(depth)
+        self._init_weights(depth, dt_init)
 
-    def _init_weights(self, depth: int) -> None:
-        """As the published code starts; it sets all step biases to zero."""
+    def _init_weights(self, depth: int, dt_init: str) -> None:
+        """As the published code starts, but for step biases that are spread."""
         trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_linear_)
         for module in self.modules():
             if isinstance(module, DirectionLinear):
                 trunc_normal_(module.weight, std=0.02)
-            elif isinstance(module, SelectiveSSM):
+            elif isinstance(module, SelectiveSSM) and dt_init == "zero":
                 nn.init.zeros_(module.dt_bias)
             elif isinstance(module, Mamba):
                 nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
@@ -315,7 +322,7 @@ def _sized(size: int) -> dict[str, Any]:
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> VideoMamba:
-    return build_model(VideoMamba, name, pretrained, checkpoint_filter_fn, taps=(-4, -3, -2, -1), **kwargs)
+    return build_model(VideoMamba, name, pretrained, checkpoint_filter_fn, (-4, -3, -2, -1), **kwargs)
 
 
 def _build_video(name: str, pretrained: bool, **kwargs: Any) -> VideoMamba:
@@ -388,5 +395,5 @@ def videomamba_middle_video(pretrained: bool = False, **kwargs: Any) -> VideoMam
 )
 def videomamba_mini_video(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
     """A small VideoMamba of our own for clips of 24 to 64 pixels: patches of 8, six blocks, 0.2 M parameters."""
-    args = {"img_size": 32, "patch_size": 8, "dim": 64, "depth": 6, "d_state": 8, **kwargs}
+    args = {"img_size": 32, "patch_size": 8, "dim": 64, "depth": 6, "d_state": 8, "dt_init": "spread", **kwargs}
     return _build_video("videomamba_mini_video", pretrained, **args)

@@ -39,7 +39,8 @@ class Vim(Tokens):
         img_size: Pixels per side, or `(height, width)`, that the position embedding is made for.
         in_chans: Image channels.
         num_classes: Classes; 0 returns the pooled features.
-        global_pool: "token" reads the class token, "avg" the mean of the patches; "" does not pool.
+        global_pool: "token" reads the class token, "avg" the mean of the patches; "" does not pool. None is "token", or
+            "avg" for `scan="none"`, where the class token sees only the patches near it.
         patch_size: Pixels per side of a patch.
         stride: Pixels between patches; None is `patch_size`.
         dim: Width.
@@ -51,8 +52,7 @@ class Vim(Tokens):
         scan: Visiting orders of the patches: a name, a specification, a `Scan` or a function; see `mamba_zoo.scans`.
             Directions that reverse each other visit the class token halfway, a direction without such a partner last,
             so that every patch reaches it. "none" keeps the two convolutions of "bidirectional", but leaves the scan
-            and its parameters out of every block, as a control; pool by "avg" then, because the class token sees only
-            the patches near it.
+            and its parameters out of every block, as a control.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Rate of the last block; rates rise linearly from 0.
         device: Of the parameters.
@@ -67,7 +67,7 @@ class Vim(Tokens):
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: str = "token",
+        global_pool: str | None = None,
         patch_size: int = 16,
         stride: int | None = None,
         dim: int = 192,
@@ -95,7 +95,7 @@ class Vim(Tokens):
             stride or patch_size,
             in_chans,
             num_classes,
-            global_pool,
+            global_pool if global_pool is not None else "token" if ssm else "avg",
             drop_rate,
             drop_path=rates[-1],
             **dd,
@@ -203,7 +203,7 @@ def _vim(size: str, file: str, params: int, top1: float, drop_path: float | None
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> Vim:
-    return build_model(Vim, name, pretrained, checkpoint_filter_fn, taps=(-4, -3, -2, -1), **kwargs)
+    return build_model(Vim, name, pretrained, checkpoint_filter_fn, (-4, -3, -2, -1), **kwargs)
 
 
 @register(_vim("tiny", "vim_t_midclstok_76p1acc.pth", 7_148_008, 76.1, 0.0), tag="in1k", **_CFG)

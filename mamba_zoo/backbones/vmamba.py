@@ -187,8 +187,8 @@ def _first(file: str, params: int, gflops: float, top1: float, drop_path: float)
     return _card(params, gflops, top1, drop_path, checkpoint=file, url=f"{_RELEASES}/%23v0cls/{file}")
 
 
-def _build(name: str, pretrained: bool, **kwargs: Any) -> VMamba:
-    return build_model(VMamba, name, pretrained, checkpoint_filter_fn, **kwargs)
+def _build(name: str, pretrained: bool, taps: tuple[int, ...] = (0, 1, 2, 3), /, **kwargs: Any) -> VMamba:
+    return build_model(VMamba, name, pretrained, checkpoint_filter_fn, taps, **kwargs)
 
 
 _V0_ARGS = {
@@ -266,7 +266,7 @@ def vmamba_base_v0(pretrained: bool = False, **kwargs: Any) -> VMamba:
 def vmamba_mini(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """A small VMamba of our own for images of 8 to 32 pixels: a token a pixel, three stages, 0.4 M parameters."""
     args = {"depths": (2, 2, 2), "dims": 32, "mlp_ratio": 2.0, "patch_size": 1, **kwargs}
-    return _build("vmamba_mini", pretrained, taps=(0, 1, 2), **args)
+    return _build("vmamba_mini", pretrained, (0, 1, 2), **args)
 
 
 @register(
@@ -284,4 +284,4 @@ def vmamba_mini(pretrained: bool = False, **kwargs: Any) -> VMamba:
 def vmamba_midi(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """`vmamba_mini` at twice the width and more blocks, for training on tens of thousands of small images."""
     args = {"depths": (2, 4, 2), "dims": 64, "patch_size": 1, **kwargs}
-    return _build("vmamba_midi", pretrained, taps=(0, 1, 2), **args)
+    return _build("vmamba_midi", pretrained, (0, 1, 2), **args)

@@ -174,3 +174,16 @@ def test_a_key_table_stacks_directions_and_keeps_what_it_does_not_know():
         rename({"b1": torch.ones(2)}, keys)
     with pytest.raises(ValueError, match="both mean 'd'"):
         rename({"c": torch.ones(1), "d": torch.ones(1)}, keys)
+
+
+@pytest.mark.parametrize("name", ["vim_mini", "videomamba_mini_video"])
+def test_without_a_scan_the_patches_are_read(name):
+    assert mamba_zoo.create_model(name).global_pool == "token"
+    assert mamba_zoo.create_model(name, scan="none").global_pool == "avg"
+    assert mamba_zoo.create_model(name, scan="none", global_pool="token").global_pool == "token"
+
+
+@pytest.mark.parametrize("name", ["vmamba_mini", "vim_mini", "plainmamba_l1", "videomamba_tiny"])
+def test_what_the_builder_takes_is_no_argument_of_the_model(name):
+    with pytest.raises(TypeError, match=f"{name} takes no argument 'taps'"):
+        mamba_zoo.create_model(name, taps=(0,))
