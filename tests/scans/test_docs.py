@@ -16,5 +16,8 @@ def test_page_of_scans_is_up_to_date():
     spec.loader.exec_module(make_scans)
     page = (DOCS / "scans.md").read_text(encoding="utf-8")
     assert make_scans.page_with(make_scans.generated(), page) == page, "run `make docs`"
-    for name in list_scans():
-        assert (DOCS / "scans" / f"{name}.png").stat().st_size < 150_000
+    named = {"": list_scans(), "graph_": list_scans(modality="graph"), "points_": list_scans(modality="points")}
+    pictures = {f"{prefix}{name}.png" for prefix, names in named.items() for name in names}
+    assert {path.name for path in (DOCS / "scans").glob("*.png")} == pictures
+    for name in pictures:
+        assert (DOCS / "scans" / name).stat().st_size < 120_000
