@@ -23,7 +23,8 @@ class Op:
 
     Args:
         name: Of the op.
-        kernel: Computes it on any device; its annotations are the schema.
+        kernel: Computes it on any device; its annotations are the schema. Of several outputs it may leave out, as None,
+            those that were not asked for; the registered op returns an empty float32 tensor in their place.
         fake: The same with shapes, dtypes and devices only.
     """
 
@@ -31,7 +32,7 @@ class Op:
         schema = torch.library.infer_schema(kernel, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # A compiled model runs its ops with dynamo still watching: it must not trace into the kernel's Python.
-        _LIBRARY.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, torch.compiler.disable(_filled(kernel)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"mamba_zoo::{name}", fake, lib=_LIBRARY)
         self.name, self.kernel = name, kernel
         self.registered = getattr(torch.ops.mamba_zoo, name).default
@@ -59,6 +60,18 @@ class Op:
         _LIBRARY.impl(self.name, _differentiable(below, save, gradient), "Autograd")
 
 
+def _filled(kernel: Callable) -> Callable:
+    """`kernel`, with a tensor in the place of every output that it leaves out."""
+
+    def run(*inputs: Any) -> Any:
+        outputs = kernel(*inputs)
+        if not isinstance(outputs, tuple):
+            return outputs
+        return tuple(inputs[0].new_empty(0, dtype=torch.float32) if x is None else x for x in outputs)
+
+    return run
+
+
 def _differentiable(run: Callable, save: Callable, gradient: Callable) -> Callable:
     """`run` with the gradient recorded where one is wanted."""
 
@@ -83,9 +96,13 @@ def _differentiable(run: Callable, save: Callable, gradient: Callable) -> Callab
 
 def watched(inputs: tuple) -> bool:
     """Whether anybody would see the op called, or a tensor is of a kind that the kernel cannot read."""
-    return torch.compiler.is_compiling() or (
+    if torch.compiler.is_compiling() or (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta) for x in inputs)
-    )
+    ):
+        return True
+    for x in inputs:  # noqa: SIM110 (any() over a generator takes twice as long)
+        if x.is_meta if type(x) in _PLAIN else isinstance(x, Tensor):
+            return True
+    return False

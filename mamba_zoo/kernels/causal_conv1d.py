@@ -15,6 +15,7 @@ from ._order import pack_order, prepare_order
 from .selective_scan import _autocast, _check_cu_seqlens
 
 ACTIVATIONS = (None, "silu")
+_GRADIENTS = ("x", "weight", "bias", "initial_state")
 
 
 @overload
@@ -97,8 +98,8 @@ def causal_conv1d(
         raise ValueError(f"activation={activation!r} is unknown; choose one of {ACTIVATIONS}")
     (x,) = _autocast(x)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = weight.to(exact)
-    bias, initial_state = (t if t is None else t.to(exact) for t in (bias, initial_state))
+    weight = weight if weight.dtype == exact else weight.to(exact)  # even a conversion to the same calls into torch
+    bias, initial_state = (t if t is None or t.dtype == exact else t.to(exact) for t in (bias, initial_state))
     table, complete = prepare_order(order, b, l, k, x.device)
     offsets = None
     if cu_seqlens is not None:
@@ -159,13 +160,12 @@ def _run_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     s = ConvArgs(x, weight, bias, order, offsets, initial_state, silu, complete)
-    y, final = implementation(backend, "causal_conv1d").forward(s, want_final)
-    return y, weight.new_empty(0) if final is None else final
+    return implementation(backend, "causal_conv1d").forward(s, want_final)
 
 
 def _fake_forward(x, weight, bias, order, offsets, initial_state, silu, complete, want_final, backend):
     s = ConvArgs(x, weight, bias, order, offsets, initial_state, silu, complete)
-    return s.new_y(), s.new_state() if want_final else weight.new_empty(0)
+    return s.new_y(), s.new_state() if want_final else weight.new_empty(0, dtype=torch.float32)
 
 
 def _run_backward(
@@ -183,7 +183,7 @@ def _run_backward(
 ) -> list[Tensor]:
     s = ConvArgs(x, weight, bias, order, offsets, initial_state, silu, complete)
     grads = implementation(backend, "causal_conv1d").backward(s, dy, dfinal)
-    return [grads[name] for name in s.differentiable()]
+    return [grads[name] for name in _GRADIENTS if name in grads]
 
 
 def _fake_backward(dy, dfinal, x, weight, bias, order, offsets, initial_state, silu, complete, backend):
@@ -201,14 +201,12 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, dy, dfinal):
     # Read once: under activation checkpointing a second read fails.
-    x, weight, bias, order, offsets, initial_state = tensors = ctx.saved_tensors
-    silu, complete, _ = ctx.flags
-    s = ConvArgs(x, weight, bias, order, offsets, initial_state, silu, complete)
+    x, weight, bias, _, _, initial_state = tensors = ctx.saved_tensors
     if dy is None:  # only the final state was used
-        dy = x.new_zeros(s.b, s.l, s.k, s.d)
-    values = _backward(dy, dfinal if ctx.want_final else None, *tensors, *ctx.flags)
-    g = dict(zip(s.differentiable(), values, strict=True))
-    return g["x"], g["weight"], g.get("bias"), None, None, g.get("initial_state"), *[None] * 4
+        dy = x.new_zeros(*x.shape[:2], *weight.shape[:2])
+    values = iter(_backward(dy, dfinal if ctx.want_final else None, *tensors, *ctx.flags))
+    g = [None if t is None else next(values) for t in (x, weight, bias, initial_state)]
+    return *g[:3], None, None, g[3], *[None] * 4
 
 
 _forward = Op("causal_conv1d", _run_forward, _fake_forward)

@@ -177,9 +177,7 @@ def _run_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     s = ScanArgs(u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state, dt_softplus, reduce, complete, out_dtype)
-    y, final, saved = implementation(backend, "selective_scan").forward(s, save, want_final)
-    # An op may not return the same tensor twice, hence two empty ones.
-    return y, A.new_empty(0) if final is None else final, A.new_empty(0) if saved is None else saved
+    return implementation(backend, "selective_scan").forward(s, save, want_final)
 
 
 def _fake_forward(
@@ -190,7 +188,7 @@ def _fake_forward(
     saved = implementation(backend, "selective_scan").saved_shape(s) if save else (0,)
     return (
         u.new_empty(s.y_shape, dtype=out_dtype),
-        s.new_state() if want_final else A.new_empty(0),
+        s.new_state() if want_final else A.new_empty(0, dtype=torch.float32),
         u.new_empty(saved, dtype=torch.float32),
     )
 
@@ -218,7 +216,7 @@ def _run_backward(
 ) -> list[Tensor]:
     s = ScanArgs(u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state, dt_softplus, reduce, complete, out_dtype)
     grads = implementation(backend, "selective_scan").backward(s, dy, dfinal, saved)
-    return [grads[name] for name in s.differentiable()]
+    return [grads[name] for name in _GRADIENTS if name in grads]
 
 
 def _fake_backward(
@@ -239,14 +237,11 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, dy, dfinal, _):
     *tensors, saved = ctx.saved_tensors
-    u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state = tensors
-    dt_softplus, reduce, complete, out_dtype, _ = ctx.flags
-    s = ScanArgs(u, dt, A, B, C, D, z, dt_bias, order, offsets, initial_state, dt_softplus, reduce, complete, out_dtype)
     if dy is None:  # only the final state was used
-        dy = u.new_zeros(s.y_shape, dtype=out_dtype)
-    values = _backward(dy, dfinal if ctx.want_final else None, saved, *tensors, *ctx.flags)
-    by_name = dict(zip(s.differentiable(), values, strict=True))
-    g = [by_name.get(name) for name in _GRADIENTS]
+        s = ScanArgs(*tensors, *ctx.flags[:-1])
+        dy = s.u.new_zeros(s.y_shape, dtype=s.out_dtype)
+    values = iter(_backward(dy, dfinal if ctx.want_final else None, saved, *tensors, *ctx.flags))
+    g = [None if x is None else next(values) for x in (*tensors[:8], tensors[-1])]
     return *g[:8], None, None, g[8], *[None] * 7
 
 
@@ -273,12 +268,12 @@ def _check_shapes(u, dt, A, B, C, D, z, dt_bias) -> None:
     if 0 in (l, k, d, n):
         raise ValueError(f"dt {tuple(dt.shape)} and A {tuple(A.shape)} leave nothing to scan; every size must be >= 1")
     tokens, maps, channels = ((b, l, d), (b, l, k, d)), ((b, l, k, n),), ((k, d),)
-    expected = {
-        "u": (u, tokens), "A": (A, ((k, d, n),)), "B": (B, maps), "C": (C, maps),
-        "D": (D, channels), "z": (z, tokens), "dt_bias": (dt_bias, channels),
-    }  # fmt: skip
-    for name, (value, shapes) in expected.items():
-        if value is not None and tuple(value.shape) not in shapes:
+    expected = (
+        ("u", u, tokens), ("A", A, ((k, d, n),)), ("B", B, maps), ("C", C, maps),
+        ("D", D, channels), ("z", z, tokens), ("dt_bias", dt_bias, channels),
+    )  # fmt: skip
+    for name, value, shapes in expected:
+        if value is not None and value.shape not in shapes:
             wanted = " or ".join(map(str, shapes))
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}, expected {wanted} to go with dt {tuple(dt.shape)} "
