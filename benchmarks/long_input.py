@@ -1,10 +1,10 @@
 """Time and memory against the length of the input: `python -m benchmarks.long_input [--device cuda] [--out FOLDER]`.
 
 Two causal models, whole and in chunks with state: the small enhancer on recordings of up to ten minutes, and the plain
-sequence model on series of up to a million steps. On a GPU both ways, on the CPU in chunks, and whole up to
---cpu-whole. Memory is what comes on top of the model and the input: allocated at the peak on a GPU, resident at the
-peak on the CPU, where every measurement has a process of its own. Before a length is measured, a short input must give
-the same both ways. Writes long_input.csv and long_input.png.
+sequence model on series of up to a million steps. On a GPU both ways at every length, on a CPU whole only up to
+--cpu-whole chunks. Memory is what comes on top of the model and the input: allocated at the peak on a GPU, resident at
+the peak on the CPU, where every measurement has a process of its own. Before a length is measured, a short input must
+give the same both ways. Writes long_input_DEVICE.csv, and long_input.png of the tables of all devices in that folder.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -44,27 +45,34 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     rows: list[dict[str, Any]] = []
     for kind, lengths in (("recording", args.recordings), ("series", args.series)):
-        for device in ("cuda", "cpu") if args.device == "cuda" else ("cpu",):
-            difference = check(kind, device)
-            for length in lengths:
-                for how in ("whole", "chunks"):
-                    if device == "cpu" and how == "whole" and length > args.cpu_whole * CHUNKS[kind]:
-                        continue
-                    found = on_gpu(kind, length, how) if device == "cuda" else _in_process(kind, length, how)
-                    row = {"input": kind, "model": MODELS[kind], "length": length, "device": device, "how": how}
-                    rows.append({**row, **found, "difference": f"{difference:.1e}"})
-                    sys.stdout.write("  ".join(str(value) for value in rows[-1].values()) + "\n")
-                    sys.stdout.flush()
+        difference = check(kind, args.device)
+        for length in lengths:
+            for how in ("whole", "chunks"):
+                if args.device == "cpu" and how == "whole" and length > args.cpu_whole * CHUNKS[kind]:
+                    continue
+                found = on_gpu(kind, length, how) if args.device == "cuda" else _in_process(kind, length, how)
+                row = {"input": kind, "model": MODELS[kind], "length": length, "device": args.device, "how": how}
+                rows.append({**row, **found, "difference": f"{difference:.1e}"})
+                sys.stdout.write("  ".join(str(value) for value in rows[-1].values()) + "\n")
+                sys.stdout.flush()
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "long_input.csv").open("w", newline="") as file:
-        found = machine()
-        where = ", ".join(f"{key} {value}" for key, value in found.items())
-        file.write(f"# {where}; python -m benchmarks.long_input --device {args.device}\n")
+    with (args.out / f"long_input_{args.device}.csv").open("w", newline="") as file:
+        where = ", ".join(f"{key} {value}" for key, value in machine().items())
+        file.write(f"# {where}; {torch.get_num_threads()} threads; python -m benchmarks.long_input\n")
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    plot(rows, args.out / "long_input.png")
+    tables = sorted(args.out.glob("long_input_*.csv"))
+    plot([row for path in tables for row in _read(path)], args.out / "long_input.png")
     return 0
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        file.readline()
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    numbers = ("length", "seconds", "memory_mb")
+    return [row | {key: float(row[key]) for key in numbers if row[key] != ""} for row in rows]
 
 
 def build(kind: str, device: str) -> Any:
@@ -169,6 +177,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                         name = f"{'GPU' if device == 'cuda' else 'CPU'}, {how}"
                         axis.loglog(x, y, style, color=colours[device], label=name, markersize=4)
             axis.set_ylabel(label)
+            if key == "memory_mb":
+                axis.set_ylim(bottom=1)
             axis.grid(alpha=0.3, which="both")
             if line == 0:
                 axis.set_title(
@@ -194,7 +204,9 @@ def _status(name: str) -> int:
 
 def _in_process(kind: str, length: int, how: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.long_input", "--one", kind, str(length), how]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # glibc keeps small pieces that were freed; given back at once, what is resident is what is in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         return {"seconds": "", "memory_mb": "", "note": f"ended with {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
