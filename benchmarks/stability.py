@@ -1,8 +1,9 @@
-"""Train image models under mixed precision and look for NaN: `python -m benchmarks.stability [NAME ...] [--out FILE]`.
+"""Train models under mixed precision and look for NaN: `python -m benchmarks.stability [NAME ...] [--jobs N]`.
 
-A thousand steps of AdamW with warm-up and clipping on images that repeat, so that the loss must fall: bfloat16
-autocast, and float16 with a gradient scaler, which finds its scale by overflowing now and then. Every row is written as
-soon as it is measured; rows that the file has already are not measured again.
+One image model of every architecture, the smallest, unless names are given. A thousand steps of AdamW with warm-up and
+clipping on images that repeat, so that the loss must fall: bfloat16 autocast, and float16 with a gradient scaler, which
+finds its scale by overflowing now and then. Every row is written as soon as it is measured; rows that the file has
+already are not measured again. Small models wait for the host: `--jobs` trains several at once on one GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,8 @@ def train(name: str, dtype: str, steps: int, batch: int, device: str, **argument
         scaler.update()
         schedule.step()
         losses[i] = loss.detach()
+        if (i + 1) % max(1, steps // 4) == 0 and i + 1 < steps:
+            Console(width=150).print(f"{name} {dtype}: step {i + 1}, loss {float(losses[i]):.3f}")
     bad_losses, bad_norms = int((~losses.isfinite()).sum()), ~norms.isfinite()
     overflows = int(bad_norms.sum())
     intact = all(bool(p.isfinite().all()) for p in model.parameters())
@@ -86,17 +91,19 @@ def train(name: str, dtype: str, steps: int, batch: int, device: str, **argument
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write a CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", help="names; all image models by default, the smallest first")
+    parser.add_argument("models", nargs="*", help="names; the smallest image model of each architecture by default")
+    parser.add_argument("--all", action="store_true", help="all image models, the smallest first")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--mixer", default="mamba", help="mamba, mamba2 or mamba3")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--largest", type=float, default=120e6, help="leave models with more parameters out")
+    parser.add_argument("--jobs", type=int, default=1, help="models at once")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after this time")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = options.models or mamba_zoo.list_models(modality="image")
+    names = options.models or (mamba_zoo.list_models(modality="image") if options.all else smallest())
     sizes = {name: mamba_zoo.model_card(name).params or 0 for name in names}
     names = [name for name in sorted(names, key=sizes.__getitem__) if sizes[name] <= options.largest]
     console, end = Console(width=150), time.monotonic() + 60 * options.minutes
@@ -104,12 +111,18 @@ def main(arguments: list[str] | None = None) -> None:
     done = {(row["model"], row["dtype"], row["mixer"], row["steps"], row["device"]) for row in known}
     place = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        for dtype in options.dtype:
-            if (name, dtype, options.mixer, str(options.steps), place) in done or time.monotonic() > end:
+    wanted = [
+        (name, dtype)
+        for name in names
+        for dtype in options.dtype
+        if (name, dtype, options.mixer, str(options.steps), place) not in done
+    ]
+    settings = (options.steps, options.batch, device, options.mixer, end)
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(train_until, *run, *settings) for run in wanted]):
+            row = future.result()
+            if row is None:
                 continue
-            row = train(name, dtype, options.steps, options.batch, device, mixer=options.mixer)
-            row["mixer"] = options.mixer
             new = not options.out.exists()
             with options.out.open("a", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=list(row))
@@ -117,6 +130,28 @@ def main(arguments: list[str] | None = None) -> None:
                     writer.writeheader()
                 writer.writerow(row)
             console.print({key: row[key] for key in ("model", "dtype", "ok", "skipped_steps", "last_loss", "seconds")})
+
+
+def train_until(
+    name: str, dtype: str, steps: int, batch: int, device: str, mixer: str, end: float
+) -> dict[str, Any] | None:
+    """`train`, or None if the monotonic clock is past `end`."""
+    if time.monotonic() > end:
+        return None
+    return {**train(name, dtype, steps, batch, device, mixer=mixer), "mixer": mixer}
+
+
+def smallest() -> list[str]:
+    """The smallest published image model of every architecture."""
+    found: dict[str, str] = {}
+    for name in mamba_zoo.list_models(modality="image"):
+        card = mamba_zoo.model_card(name)
+        if not card.params or card.source == "mamba_zoo":
+            continue
+        other = found.get(card.source)
+        if other is None or card.params < (mamba_zoo.model_card(other).params or 0):
+            found[card.source] = name
+    return list(found.values())
 
 
 if __name__ == "__main__":
