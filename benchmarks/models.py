@@ -1,9 +1,10 @@
 """Time whole models beside timm's: `python -m benchmarks.models [--device cpu|cuda] [--only PATTERN] [--out FILE]`.
 
 CPU: batch 1, float32, inference, models and peers interleaved. GPU: batch 128, bfloat16 autocast, inference and
-training (forward + backward, without the optimizer step), eager and, with --compile, through torch.compile; the
-smallest and largest model of every family and the model of timm nearest to it in parameters and operations, one after
-another in one process. Videos are clips of 8 frames, in batches of 16, without a peer.
+training (forward + backward, without the optimizer step), eager and, with --modes, through torch.compile ("compiled")
+and as a CUDA graph ("captured", `mamba_zoo.capture`); the smallest and largest model of every family and the model of
+timm nearest to it in parameters and operations, one after another in one process. Videos are clips of 8 frames, in
+batches of 16, without a peer.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from rich.table import Table
 from torch import nn
 
 import mamba_zoo
+from mamba_zoo import capture
 
 from .shapes import anchors
 
+MODES = ("eager", "compiled", "captured")
 PAIRS = {"vmamba_tiny": "swin_tiny_patch4_window7_224", "vim_tiny": "deit_tiny_patch16_224"}
 
 
@@ -73,7 +76,7 @@ ROWS = [
     Row("videomamba_middle_video", "videomamba video", batch=16),
 ]
 FIELDS = [
-    "model", "family", "peer", "batch", "input", "compiled", "params_m", "infer_img_s", "infer_spread", "infer_peak_mb",
+    "model", "family", "peer", "batch", "input", "mode", "params_m", "infer_img_s", "infer_spread", "infer_peak_mb",
     "train_img_s", "train_spread", "train_peak_mb", "first_call_s", "infer_times_peer", "train_times_peer",
 ]  # fmt: skip
 
@@ -136,22 +139,22 @@ def chosen(patterns: list[str], batch: int | None) -> list[Row]:
     return [row if batch is None else Row(row.model, row.family, row.peer, batch) for row in ordered.values()]
 
 
-def on_gpu(rows: list[Row], size: int, compile_too: bool, budget: float) -> Iterator[dict[str, Any]]:
+def on_gpu(rows: list[Row], size: int, modes: list[str], budget: float) -> Iterator[dict[str, Any]]:
     """Images (of videos: clips) per second and peak memory, inference and training; a row as soon as it is measured.
 
     Args:
         rows: What to measure.
         size: Pixels per side.
-        compile_too: Also through torch.compile.
+        modes: Of `MODES`.
         budget: Seconds of measuring for each of inference and training.
     """
-    done: dict[tuple[str, bool], dict[str, Any]] = {}
+    done: dict[tuple[str, str], dict[str, Any]] = {}
     for row in track(rows, description="models", transient=True):
-        for compiled in (False, True) if compile_too else (False,):
+        for mode in modes:
             batch = row.batch
             while True:
                 try:
-                    found = measured(row, batch, size, compiled, budget)
+                    found = measured(row, batch, size, mode, budget)
                     break
                 except torch.cuda.OutOfMemoryError:
                     batch //= 2
@@ -160,18 +163,18 @@ def on_gpu(rows: list[Row], size: int, compile_too: bool, budget: float) -> Iter
                 finally:
                     gc.collect()
                     torch.cuda.empty_cache()
-            done[row.model, compiled] = found
-            for mode in ("infer", "train"):
-                peer = done.get((row.peer or "", compiled))
-                found[f"{mode}_times_peer"] = peer and found[f"{mode}_img_s"] / peer[f"{mode}_img_s"]
+            done[row.model, mode] = found
+            for what in ("infer", "train"):
+                peer = done.get((row.peer or "", mode))
+                found[f"{what}_times_peer"] = peer and found[f"{what}_img_s"] / peer[f"{what}_img_s"]
             yield found
 
 
-def measured(row: Row, batch: int, size: int, compiled: bool, budget: float, device: str = "cuda") -> dict[str, Any]:
+def measured(row: Row, batch: int, size: int, mode: str, budget: float, device: str = "cuda") -> dict[str, Any]:
     """One row of the table, without what compares it with others."""
     torch.manual_seed(0)
     model: Any = created(row.model, size).to(device)
-    forward = torch.compile(model) if compiled else model
+    forward = {"compiled": torch.compile, "captured": capture}.get(mode, lambda model: model)(model)
     shape = model.input_shape(size, size) if hasattr(model, "input_shape") else (3, size, size)
     x = torch.randn(batch, *shape, device=device)
     if x.dim() == 4:
@@ -182,17 +185,17 @@ def measured(row: Row, batch: int, size: int, compiled: bool, budget: float, dev
         "peer": row.peer,
         "batch": batch,
         "input": "x".join(map(str, shape)),
-        "compiled": compiled,
+        "mode": mode,
         "params_m": sum(p.numel() for p in model.parameters()) / 1e6,
         "first_call_s": seconds(lambda: forward(x[:2]), device),
     }
-    for mode in ("infer", "train"):
-        model.train(mode == "train")
+    for what in ("infer", "train"):
+        forward.train(what == "train")
 
-        def run(mode: str = mode) -> None:
-            with torch.set_grad_enabled(mode == "train"), torch.autocast(device, torch.bfloat16):
+        def run(what: str = what) -> None:
+            with torch.set_grad_enabled(what == "train"), torch.autocast(device, torch.bfloat16):
                 y = forward(x)
-            if mode == "train":
+            if what == "train":
                 model.zero_grad(set_to_none=True)
                 y.float().logsumexp(-1).sum().backward()
 
@@ -202,9 +205,9 @@ def measured(row: Row, batch: int, size: int, compiled: bool, budget: float, dev
         repeats = min(max(int(budget / 3 / one), 2), 20)
         torch.cuda.reset_peak_memory_stats()
         times = [seconds(partial(several, run, repeats), device) / repeats for _ in range(3)]
-        found[f"{mode}_img_s"] = batch / statistics.median(times)
-        found[f"{mode}_spread"] = (max(times) - min(times)) / statistics.median(times)
-        found[f"{mode}_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        found[f"{what}_img_s"] = batch / statistics.median(times)
+        found[f"{what}_spread"] = (max(times) - min(times)) / statistics.median(times)
+        found[f"{what}_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return found
 
 
@@ -250,7 +253,7 @@ def gpu_table(rows: list[dict]) -> Table:
             return "-" if row[key] is None else f"{row[key]:.2f}"
 
         table.add_row(
-            row["model"] + (" compiled" if row["compiled"] else ""), str(row["batch"]), row["input"],
+            row["model"] + ("" if row["mode"] == "eager" else f" {row['mode']}"), str(row["batch"]), row["input"],
             f"{row['infer_img_s']:.0f}", of_peer("infer_times_peer"), ratio("infer_img_s"),
             f"{row['train_img_s']:.0f}", of_peer("train_times_peer"), ratio("train_img_s"),
             f"{row['train_peak_mb']:.0f}", ratio("train_peak_mb"), row["peer"] or "",
@@ -282,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=224, help="GPU: pixels per side")
     parser.add_argument("--rounds", type=int, default=15, help="CPU: timed calls of each model")
     parser.add_argument("--seconds", type=float, default=1.2, help="GPU: of measuring, for each model twice")
-    parser.add_argument("--compile", action="store_true", help="GPU: torch.compile as well")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="GPU: how models are called")
     parser.add_argument("--out", type=Path, help="CSV file, written row by row")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
@@ -290,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
         measure: Any = on_cpu(options.only or list(PAIRS), options.rounds)
     else:
         where, fields = torch.cuda.get_device_name(), FIELDS
-        measure = on_gpu(chosen(options.only or ["*"], options.batch), options.size, options.compile, options.seconds)
+        measure = on_gpu(chosen(options.only or ["*"], options.batch), options.size, options.modes, options.seconds)
     rows = []
     with (options.out or Path(os.devnull)).open("w", newline="") as file:
         versions = f"torch {torch.__version__}, timm {timm.__version__}, mamba_zoo {mamba_zoo.__version__}"

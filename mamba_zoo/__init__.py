@@ -7,6 +7,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._capture import capture
 from ._factory import ModelCard, create_model, list_models, model_card, register_all
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __all__ = [
     "ModelCard",
     "__version__",
     "analysis",
+    "capture",
     "compare",
     "create_model",
     "doctor",

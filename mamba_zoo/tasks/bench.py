@@ -123,6 +123,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--image-size", type=int, help="height and width in pixels; default: the model's")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="float32", help="lower ones under autocast")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: the first GPU if there is one")
+    parser.add_argument("--captured", action="store_true", help="as a CUDA graph (mamba_zoo.capture); needs a GPU")
     parser.add_argument("--no-train", action="store_true", help="inference only")
     parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each row (default: 3)")
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -130,12 +131,14 @@ def main(argv: Sequence[str]) -> int:
     if (args.batch_size is not None and args.batch_size < 1) or args.seconds <= 0:
         raise ValueError("batch-size must be at least 1 and seconds above 0")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.captured and device.type != "cuda":
+        raise ValueError(f"captured needs a CUDA device, not {device.type}; leave --captured out")
     batch = args.batch_size or (64 if device.type == "cuda" else 1)
     channels, size = image_input(args.name, args.image_size)
     model = build_model(args.name, args.scan, 1000, channels, args.image_size, False, None, None, None).to(device)
     shape = input_shape(model, channels, size)
     found = bench_model(
-        model,
+        mamba_zoo.capture(model) if args.captured else model,
         torch.rand(batch, *shape, device=device),
         _DTYPES[args.dtype],
         not args.no_train,
@@ -149,6 +152,7 @@ def main(argv: Sequence[str]) -> int:
         "image_size": size,
         "input_shape": shape,
         "dtype": args.dtype,
+        "captured": args.captured,
         "device": where,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

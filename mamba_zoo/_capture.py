@@ -1,0 +1,139 @@
+"""Whole models as CUDA graphs: the host queues one replay instead of hundreds of kernels."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+_WARMUP = 3  # calls before recording: libraries choose their kernels, orders of visits are checked
+
+
+def capture(model: nn.Module, most: int = 4) -> Captured:
+    """The model as CUDA graphs; see `Captured`.
+
+    >>> fast = mamba_zoo.capture(model.cuda().eval())
+    >>> fast(images)  # recorded at the first batch of this shape, replayed after that
+    """
+    return Captured(model, most)
+
+
+class Captured(nn.Module):
+    """A model that is recorded as a CUDA graph for every kind of input it is given, and replayed from then on.
+
+    A replay costs the host a few microseconds a parameter, where a call from Python costs that for every operation:
+    worth it where the device waits for the host, as with small batches, small models or fast GPUs. Every call with
+    inputs of a shape, dtype, autocast and mode seen before is a replay. Results are the same, random numbers are fresh
+    in every replay, and changes of the weights in place, as optimizers make them, are seen. With gradients, forward and
+    backward are recorded. On a CPU the model is simply called.
+
+    Args:
+        model: Any model whose work does not depend on the values of its inputs. Its parameters are shared.
+        most: Kinds of input that are kept; the one not used for longest is dropped. Each holds the memory of a call.
+
+    Raises:
+        RuntimeError: from a call, if the model cannot be recorded, for example because it waits for the GPU.
+        ValueError: `most` is below 1.
+    """
+
+    def __init__(self, model: nn.Module, most: int = 4):
+        super().__init__()
+        if most < 1:
+            raise ValueError(f"most={most} must be at least 1")
+        self.model, self.most = model, most
+        self._recorded: OrderedDict[tuple, _Recording] = OrderedDict()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """As the model's, with tensors only."""
+        if not inputs or any(not isinstance(x, Tensor) or not x.is_cuda for x in inputs):
+            return self.model(*inputs)
+        amp = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        graded = torch.is_grad_enabled()
+        kinds = tuple((x.shape, x.stride(), x.dtype, x.device, graded and x.requires_grad) for x in inputs)
+        key = (kinds, amp, graded, self.model.training)
+        found = self._recorded.get(key)
+        if found is None or found.is_stale():
+            found = self._recorded[key] = self._record(inputs, amp, graded)
+            while len(self._recorded) > self.most:
+                self._recorded.popitem(last=False)
+        self._recorded.move_to_end(key)
+        return found.replay(*inputs)
+
+    def reset(self) -> None:
+        """Forget what was recorded: needed after parameters were replaced by other objects, and frees the memory."""
+        self._recorded.clear()
+
+    def _record(self, inputs: tuple[Tensor, ...], amp: tuple[bool, torch.dtype], graded: bool) -> _Recording:
+        buffers = {name: x.clone() for name, x in self.model.named_buffers()}
+        try:
+            # The cast weights that autocast remembers would not belong to the graph.
+            with torch.inference_mode(False), torch.autocast("cuda", amp[1], amp[0], cache_enabled=False):
+                replay = (_with_gradients if graded else _without_gradients)(self.model, inputs)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{type(self.model).__name__} cannot be recorded as a CUDA graph ({error}); call it as it is"
+            ) from error
+        # The calls before recording were not the user's.
+        with torch.no_grad():
+            for name, x in self.model.named_buffers():
+                x.copy_(buffers[name])
+        return _Recording(self.model, replay)
+
+
+class _Recording:
+    """A recorded call, and where the weights were that it reads."""
+
+    def __init__(self, model: nn.Module, replay: Callable[..., Any]):
+        self.replay = replay
+        self._weights = [*model.parameters(), *model.buffers()]
+        self._places = [x.data_ptr() for x in self._weights]
+
+    def is_stale(self) -> bool:
+        """Whether weights have moved, as `model.to` moves them."""
+        return any(x.data_ptr() != place for x, place in zip(self._weights, self._places, strict=True))
+
+
+class _Shell(nn.Module):
+    """A model of its own whose `forward` can be replaced."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.model(*inputs)
+
+
+def _with_gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    shell = _Shell(model)
+    shell.training = model.training  # its own alone: parts of the model may be in another mode
+    samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+    graphed: Any = torch.cuda.make_graphed_callables(shell, samples, num_warmup_iters=_WARMUP, allow_unused_input=True)
+    return graphed
+
+
+def _without_gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    held = tuple(x.clone() for x in inputs)
+    with torch.no_grad():
+        stream = torch.cuda.Stream(held[0].device)
+        stream.wait_stream(torch.cuda.current_stream(held[0].device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMUP):
+                model(*held)
+        torch.cuda.current_stream(held[0].device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(*held)
+
+    def replay(*given: Tensor) -> Any:
+        with torch.no_grad():
+            for mine, theirs in zip(held, given, strict=True):
+                mine.copy_(theirs)
+            graph.replay()
+            return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
+
+    return replay

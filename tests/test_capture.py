@@ -1,0 +1,115 @@
+"""Models as CUDA graphs: the same answers, gradients and random numbers as without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mamba_zoo
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+]
+
+
+def make(name: str, **arguments) -> tuple[nn.Module, torch.Tensor]:
+    model: Any = mamba_zoo.create_model(name, num_classes=5, **arguments).cuda().eval()
+    return model, torch.randn(4, *model.input_shape(32, 32), device="cuda")
+
+
+def test_on_a_cpu_the_model_is_called():
+    model = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    fast = mamba_zoo.capture(model)
+    assert torch.equal(fast(x), model(x))
+    fast(x).sum().backward()
+    assert model.weight.grad is not None
+    assert list(fast.parameters()) == list(model.parameters())
+
+
+def test_needs_room_for_a_graph():
+    with pytest.raises(ValueError, match="most=0 must be at least 1"):
+        mamba_zoo.capture(nn.Identity(), most=0)
+
+
+@pytest.mark.parametrize("name", ["vmamba_mini", "vim_mini"])
+class TestOnAGpu:
+    pytestmark = gpu
+
+    def test_same_answers_for_every_shape_and_dtype(self, name):
+        model, x = make(name)
+        fast = mamba_zoo.capture(model)
+        for batch in (x, torch.randn_like(x), x[:2], x):
+            with torch.inference_mode():
+                assert torch.equal(fast(batch), model(batch))
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                assert torch.equal(fast(batch), model(batch))
+
+    def test_sees_new_weights_in_place_and_elsewhere(self, name):
+        model, x = make(name)
+        fast = mamba_zoo.capture(model)
+        with torch.no_grad():
+            before = fast(x)
+            for p in model.parameters():
+                p.mul_(1.1)
+            assert torch.equal(fast(x), model(x))
+            assert not torch.equal(fast(x), before)
+            model.cpu().cuda()
+            assert torch.equal(fast(x), model(x))
+
+    def test_gradients_add_up(self, name):
+        model, x = make(name)
+        fast = mamba_zoo.capture(model)
+        model(x).square().sum().backward()
+        expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        for times in (1, 2):
+            fast(x).square().sum().backward()
+            for p, grad in zip(model.parameters(), expected, strict=True):
+                torch.testing.assert_close(p.grad, times * grad, rtol=1e-3, atol=1e-4)
+
+    def test_gradient_of_the_input(self, name):
+        model, x = make(name)
+        x.requires_grad_()
+        (expected,) = torch.autograd.grad(model(x).sum(), x)
+        (found,) = torch.autograd.grad(mamba_zoo.capture(model)(x).sum(), x)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+    def test_drops_other_paths_in_every_replay(self, name):
+        model, x = make(name, drop_path_rate=0.5)
+        fast = mamba_zoo.capture(model.train())
+        results = [fast(x).detach() for _ in range(4)]
+        assert any(not torch.equal(results[0], other) for other in results[1:])
+
+    def test_forgets_the_oldest(self, name):
+        model, x = make(name)
+        fast = mamba_zoo.capture(model, most=1)
+        with torch.no_grad():
+            for batch in (x, x[:2], x, x[:3]):
+                assert torch.equal(fast(batch), model(batch))
+
+
+class Waits(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum().item() > 0 else x
+
+
+class TestRefusals:
+    pytestmark = gpu
+
+    def test_a_model_that_waits_for_the_gpu(self):
+        with pytest.raises(RuntimeError, match="Waits cannot be recorded as a CUDA graph"), torch.no_grad():
+            mamba_zoo.capture(Waits())(torch.ones(3, device="cuda"))
+
+    def test_statistics_of_batch_norms_move_once_a_call(self):
+        plain, graphed = (nn.BatchNorm1d(3).cuda() for _ in range(2))
+        fast = mamba_zoo.capture(graphed)
+        for _ in range(3):
+            x = torch.randn(8, 3, device="cuda")
+            plain(x)
+            fast(x)
+        torch.testing.assert_close(graphed.state_dict(), plain.state_dict())
