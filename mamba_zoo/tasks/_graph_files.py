@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-KARATE, DIGITS = "karate", "digits"
+KARATE, TIES, DIGITS = "karate", "karate-ties", "digits"
 _LIBRARIES = ("planetoid", "tu", "moleculenet")
 
 
@@ -20,9 +20,9 @@ def read_graphs(root: str, download_dir: str) -> list[Any]:
     """Every graph of a source, as PyG `Data` in memory.
 
     Args:
-        root: "karate" (PyG's KarateClub); "digits" (the handwritten digits of scikit-learn, each the graph of its inked
-            pixels); "planetoid:NAME", "tu:NAME" or "moleculenet:NAME", data sets of PyG; or a folder, see
-            `read_folder`.
+        root: "karate" (PyG's KarateClub); "karate-ties" (the same club with the strength of its ties); "digits" (the
+            handwritten digits of scikit-learn, each the graph of its inked pixels); "planetoid:NAME", "tu:NAME" or
+            "moleculenet:NAME", data sets of PyG; or a folder, see `read_folder`.
         download_dir: Where data sets of PyG are kept; they are downloaded if they are not there.
 
     Raises:
@@ -37,13 +37,16 @@ def read_graphs(root: str, download_dir: str) -> list[Any]:
         from torch_geometric.datasets import KarateClub
 
         return [KarateClub()[0]]
+    if root == TIES:
+        return [_ties()]
     if root == DIGITS:
         return _digits()
     if colon and kind in _LIBRARIES:
         return _of_library(kind, name, download_dir)
     if not Path(root).is_dir():
         raise FileNotFoundError(
-            f"root={root!r} is no folder; give one, or {KARATE}, {DIGITS}, planetoid:Cora, tu:MUTAG, moleculenet:ESOL"
+            f"root={root!r} is no folder; give one, or {KARATE}, {TIES}, {DIGITS}, planetoid:Cora, tu:MUTAG, "
+            "moleculenet:ESOL"
         )
     return read_folder(Path(root))
 
@@ -53,8 +56,8 @@ def read_folder(folder: Path) -> list[Any]:
 
     A row of `nodes.csv` is a node: `graph` (its number from 0; one graph without this column), `label`, `split` (train,
     val or test), and features in all other columns. A row of `edges.csv` is a directed edge: `source` and `target`, the
-    numbers of nodes within their graph, `graph` likewise, and features. A row of `graphs.csv` is a graph: `label` (or
-    several columns of targets) and `split`. Labels of classes are numbers from 0.
+    numbers of nodes within their graph, `graph` likewise, `label` (a number to predict), and features. A row of
+    `graphs.csv` is a graph: `label` (or several columns of targets) and `split`. Labels of classes are numbers from 0.
 
     Raises:
         FileNotFoundError: a table is missing.
@@ -68,7 +71,10 @@ def read_folder(folder: Path) -> list[Any]:
     count = int(of_node.max()) + 1
     if len(of_edge) and int(of_edge.max()) >= count:
         raise ValueError(f"{folder / 'edges.csv'} names graph {int(of_edge.max())}, but nodes.csv has {count} graphs")
-    x, edge_attr = _features(nodes, ("graph", "label", "split")), _features(edges, ("graph", "source", "target"))
+    x, edge_attr = (
+        _features(nodes, ("graph", "label", "split")),
+        _features(edges, ("graph", "source", "target", "label")),
+    )
     ends = torch.stack([torch.from_numpy(_numbers(edges, key)).long() for key in ("source", "target")])
     found = []
     for i in range(count):
@@ -77,11 +83,13 @@ def read_folder(folder: Path) -> list[Any]:
         data = Data(x=x[mine], edge_index=joined, num_nodes=int(mine.sum()))
         if edge_attr.shape[1]:
             data.edge_attr = edge_attr[own]
+        if "label" in edges:
+            data.edge_target = _labels(edges)[own]
         if joined.numel() and int(joined.max()) >= int(mine.sum()):
             raise ValueError(f"{folder / 'edges.csv'}: graph {i} has no node {int(joined.max())}")
         rows = np.flatnonzero(of_node == i)
         if "label" in nodes and graphs is None:
-            data.y = torch.from_numpy(_numbers(nodes, "label")[rows]).long()
+            data.y = _labels(nodes)[mine]
         if "split" in nodes and graphs is None:
             data.split_of_node = [nodes["split"][row] for row in rows]
         if graphs is not None:
@@ -90,6 +98,21 @@ def read_folder(folder: Path) -> list[Any]:
             data.split_name = graphs["split"][i] if "split" in graphs else None
         found.append(data)
     return found
+
+
+def _ties() -> Any:
+    """Zachary's karate club; targets are the strength of each tie, and of all ties of each member."""
+    import networkx
+    from torch_geometric.data import Data
+    from torch_geometric.transforms import LocalDegreeProfile
+
+    graph = networkx.karate_club_graph()
+    pairs = torch.tensor([(a, b) for a, b in graph.edges()]).T
+    weight = torch.tensor([graph[a][b]["weight"] for a, b in graph.edges()], dtype=torch.float32).repeat(2)
+    edges = torch.cat([pairs, pairs.flip(0)], dim=1)
+    strength = torch.zeros(len(graph)).index_add(0, edges[0], weight)
+    data = Data(edge_index=edges, y=strength, edge_target=weight, num_nodes=len(graph))
+    return LocalDegreeProfile()(data)
 
 
 def _digits() -> list[Any]:
@@ -160,6 +183,15 @@ def _numbers(table: dict[str, list[str]], name: str) -> np.ndarray:
         return np.array([int(value) for value in table[name]], dtype=np.int64)
     except ValueError as error:
         raise ValueError(f"column {name!r} must hold whole numbers from 0: {error}") from None
+
+
+def _labels(table: dict[str, list[str]]) -> torch.Tensor:
+    """The column `label`: whole numbers, or others if any of them is not whole."""
+    try:
+        found = torch.tensor([float(value) for value in table["label"]])
+    except ValueError as error:
+        raise ValueError(f"column 'label' must hold numbers: {error}") from None
+    return found.long() if bool((found == found.round()).all()) else found
 
 
 def _features(table: dict[str, list[str]], others: tuple[str, ...]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Graph models trained to name graphs, nodes or pairs of nodes, and to read numbers off graphs."""
+"""Graph models trained to name graphs, nodes or pairs of nodes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._classifier import Classifier, check_classes, write_classes
 from ._graph_nets import build_graph_model
 from ._task import Task
-from .running import write_csv
 
 Freeze = Literal["none", "backbone", "bn"]
 Recipe = Literal["recommended", "as-published"]
 
 
-class _Ordered(Task):
+class Ordered(Task):
     """Prepares the visiting orders of the data once, before a run."""
 
     def setup(self, stage: str) -> None:
@@ -37,7 +34,7 @@ class _Ordered(Task):
         parser.add_argument("--download-dir", default="data", help="where data sets are kept (default: %(default)s)")
 
 
-class GraphClassifier(_Ordered, Classifier):
+class GraphClassifier(Ordered, Classifier):
     """A graph model that names whole graphs; see `Classifier` and `build_graph_model`.
 
     Args:
@@ -94,7 +91,7 @@ class GraphClassifier(_Ordered, Classifier):
         freeze: Freeze = "none",
     ) -> None:
         check_classes(num_classes, None)
-        told = _told(in_chans, edge_chans, encoder, edges, pe, pe_steps)
+        told = told_of(in_chans, edge_chans, encoder, edges, pe, pe_steps)
         net = build_graph_model(name, scan, self.level, num_classes, told, options or {})
         super().__init__(
             net, name, num_classes, None, label_smoothing, opt, lr, weight_decay, layer_decay, recipe, warmup_epochs,
@@ -116,8 +113,8 @@ class GraphClassifier(_Ordered, Classifier):
 
     def predict_files(self, args: argparse.Namespace) -> str:
         """Class probabilities of the graphs of a source, as CSV."""
-        data = _source(self, args)
-        probabilities = torch.cat([self.predict_step(batch, 0) for batch in _batches(data.graphs, args.batch_size)])
+        data = source_of(self, args)
+        probabilities = torch.cat([self.predict_step(batch, 0) for batch in batches_of(data.graphs, args.batch_size)])
         return _write(args, range(len(probabilities)), probabilities, self.class_names, "graphs")
 
 
@@ -175,7 +172,7 @@ class NodeClassifier(GraphClassifier):
         """Class probabilities of the nodes of a graph, as CSV."""
         from .graph_data import normalized
 
-        data = _source(self, args)
+        data = source_of(self, args)
         if self.hparams["row_normalize"]:
             data.graph.x = normalized(data.graph.x)
         with torch.no_grad():
@@ -246,168 +243,23 @@ class EdgeClassifier(NodeClassifier):
         return scores
 
 
-class GraphRegressor(_Ordered):
-    """A graph model that reads one or more numbers off each graph; see `GraphClassifier` for what is not described.
-
-    Args:
-        name: As for `GraphClassifier`.
-        scan: Order of the nodes; None is the model's own.
-        center: Mean of each target over the training graphs.
-        scale: Their standard deviations; the loss is in units of them, scores in those of the targets.
-        in_chans: Node features.
-        edge_chans: Edge features.
-        encoder: Of nodes.
-        edges: Their encoder.
-        pe: Positions.
-        pe_steps: Of them.
-        options: Further arguments of the model.
-        loss: "mse" or "l1".
-        opt: See `Task`, as for all that follow.
-        lr: See `Task`.
-        weight_decay: See `Task`.
-        layer_decay: See `Task`.
-        recipe: See `Task`.
-        warmup_epochs: See `Task`.
-        min_lr: See `Task`.
-        ema_decay: See `Task`.
-        freeze: See `Task`.
-
-    Raises:
-        ValueError: an unknown model or setting.
-    """
-
-    unit = "graphs"
-    monitor, monitor_mode = "val/rmse", "min"
-    score_name = "rmse"
-    curves: ClassVar[tuple[str, ...]] = ("val/rmse", "val/mae")
-    metric_names: ClassVar[Mapping[str, str]] = {"rmse": "root mean square error", "mae": "mean absolute error"}
-    grid = (8, 8)
-    center: Tensor
-    scale: Tensor
-
-    def __init__(
-        self,
-        name: str = "graph_mamba",
-        scan: str | None = None,
-        center: list[float] | None = None,
-        scale: list[float] | None = None,
-        in_chans: int = 3,
-        edge_chans: int = 1,
-        encoder: str = "linear",
-        edges: str = "none",
-        pe: str = "none",
-        pe_steps: int = 16,
-        options: dict[str, Any] | None = None,
-        loss: Literal["mse", "l1"] = "mse",
-        opt: str = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        layer_decay: float | None = None,
-        recipe: Recipe = "recommended",
-        warmup_epochs: float = 1.0,
-        min_lr: float = 0.01,
-        ema_decay: float | None = None,
-        freeze: Freeze = "none",
-    ) -> None:
-        center, scale = center or [0.0], scale or [1.0]
-        if len(center) != len(scale) or loss not in ("mse", "l1"):
-            raise ValueError(f"center={center} and scale={scale} must be alike, and loss={loss!r} 'mse' or 'l1'")
-        told = _told(in_chans, edge_chans, encoder, edges, pe, pe_steps)
-        net = build_graph_model(name, scan, "graph", len(center), told, options or {})
-        super().__init__(
-            net, name, opt, lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze
-        )
-        self.save_hyperparameters()
-        self.loss = F.mse_loss if loss == "mse" else F.l1_loss
-        self.register_buffer("center", torch.tensor(center))
-        self.register_buffer("scale", torch.tensor(scale))
-        self._found: list[tuple[Tensor, Tensor]] = []
-
-    def batch_items(self, batch: Any) -> int:
-        """Graphs of a batch."""
-        return batch.num_graphs
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        target = (self._targets(batch) - self.center) / self.scale
-        loss = self.loss(self.net(batch).float(), target)
-        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=batch.num_graphs)
-        return loss
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Targets `(graphs, targets)`, float32."""
-        return self.inference_net(batch).float() * self.scale + self.center
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Keep predictions; their errors belong to the whole split."""
-        self._found.append((self._targets(batch), self.predict_step(batch, batch_idx)))
-
-    test_step = validation_step
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget earlier predictions."""
-        self._found.clear()
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def on_validation_epoch_end(self) -> None:
-        """Errors over the split."""
-        self._log_errors("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Errors over the split."""
-        self._log_errors("test")
-
-    @property
-    def test_items(self) -> np.ndarray | None:
-        """Mean absolute error of each graph tested."""
-        if not self._found:
-            return None
-        target, predicted = (torch.cat(part).cpu().double().numpy() for part in zip(*self._found, strict=True))
-        return np.abs(target - predicted).mean(1)
-
-    def test_arrays(self) -> dict[str, Any]:
-        """`target` and `predicted`."""
-        if not self._found:
-            return {}
-        target, predicted = (torch.cat(part).cpu().numpy() for part in zip(*self._found, strict=True))
-        return {"target": target, "predicted": predicted}
-
-    def predict_files(self, args: argparse.Namespace) -> str:
-        """Predicted targets of the graphs of a source, as CSV."""
-        data = _source(self, args)
-        with torch.no_grad():
-            found = torch.cat([self.predict_step(batch, 0) for batch in _batches(data.graphs, args.batch_size)])
-        rows = [
-            {"graph": i, **{f"target_{j}": f"{value:.6g}" for j, value in enumerate(row)}}
-            for i, row in enumerate(found.tolist())
-        ]
-        out = Path(args.out or "predictions.csv")
-        write_csv(out, rows)
-        return f"{len(rows):,} graphs -> {out}"
-
-    def _targets(self, batch: Any) -> Tensor:
-        return batch.y.view(batch.num_graphs, -1).float()
-
-    def _log_errors(self, split: str) -> None:
-        target, predicted = (torch.cat(part) for part in zip(*self._found, strict=True))
-        error = predicted - target
-        self.log(f"{split}/rmse", error.square().mean().sqrt())
-        self.log(f"{split}/mae", error.abs().mean())
-
-
-def _told(in_chans: int, edge_chans: int, encoder: str, edges: str, pe: str, pe_steps: int) -> dict[str, Any]:
+def told_of(in_chans: int, edge_chans: int, encoder: str, edges: str, pe: str, pe_steps: int) -> dict[str, Any]:
+    """What a model is told of its data, by the names of its arguments."""
     return {
         "in_chans": in_chans, "edge_chans": edge_chans, "encoder": encoder, "edges": edges, "pe": pe,
         "pe_steps": pe_steps,
     }  # fmt: skip
 
 
-def _source(task: Any, args: argparse.Namespace) -> Any:
-    """The graphs to predict, with the positions that the model reads."""
+def source_of(task: Any, args: argparse.Namespace) -> Any:
+    """The graphs to predict, with the positions that the model reads.
+
+    Raises:
+        ValueError: their nodes have another number of features than those that the model was trained with.
+    """
     from .graph_data import GraphSource, NodeData
 
-    kind = GraphSource if isinstance(task, GraphRegressor) or task.level == "graph" else NodeData
+    kind = GraphSource if task.level == "graph" else NodeData
     data = kind(str(args.data), task.hparams["pe"], task.hparams["pe_steps"], download_dir=args.download_dir)
     if data.in_chans != task.hparams["in_chans"]:
         raise ValueError(
@@ -416,7 +268,8 @@ def _source(task: Any, args: argparse.Namespace) -> Any:
     return data
 
 
-def _batches(graphs: list[Any], size: int) -> list[Any]:
+def batches_of(graphs: list[Any], size: int) -> list[Any]:
+    """Graphs `size` at a time, without their labels."""
     from torch_geometric.data import Batch
 
     from .graph_data import GraphData

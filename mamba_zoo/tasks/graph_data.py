@@ -334,6 +334,10 @@ class NodeData(GraphSource):
         """Classes."""
         if self.graph.get("y") is None:
             raise ValueError(f"the nodes of {self.root} have no labels")
+        if self.graph.y.is_floating_point():
+            raise ValueError(
+                f"labels of the nodes of {self.root} are no class numbers; train them with --task node-regression"
+            )
         return int(self.graph.y.max()) + 1
 
     def parts(self) -> dict[str, Dataset]:

@@ -88,7 +88,7 @@ TASKS: dict[str, TaskEntry] = {
         (("digits", "graph_digits"), (r"tu:.*", "graph_tu"), (".*", "graph_digits")),
     ),
     "graph-regression": TaskEntry(
-        ".graph:GraphRegressor", ".graph_data:TargetData", "read numbers off graphs",
+        ".graph_regression:GraphRegressor", ".graph_data:TargetData", "read numbers off graphs",
         (("digits", "graph_digits_regression"), (r"moleculenet:.*", "graph_esol"), (".*", "graph_digits_regression")),
     ),
     "node-classification": TaskEntry(
@@ -98,6 +98,14 @@ TASKS: dict[str, TaskEntry] = {
     "edge-classification": TaskEntry(
         ".graph:EdgeClassifier", ".graph_data:EdgeData", "say which nodes of a graph are joined",
         (("karate", "graph_karate_edges"), (".*", "graph_cora_edges")),
+    ),
+    "node-regression": TaskEntry(
+        ".graph_regression:NodeRegressor", ".graph_targets:NodeTargetData", "read numbers off the nodes of a graph",
+        ((".*", "graph_karate_strength"),),
+    ),
+    "edge-regression": TaskEntry(
+        ".graph_regression:EdgeRegressor", ".graph_targets:EdgeTargetData", "read numbers off the edges of a graph",
+        ((".*", "graph_karate_ties"),),
     ),
     "forecasting": TaskEntry(
         ".forecasting:Forecaster", ".series_data:SeriesData", "say how series go on",

@@ -16,6 +16,7 @@ from mamba_zoo.tasks._graph_files import read_folder, read_graphs
 from mamba_zoo.tasks._graph_nets import BASELINES, build_graph_model
 from mamba_zoo.tasks.graph import GraphClassifier
 from mamba_zoo.tasks.graph_data import EdgeData, GraphData, NodeData, TargetData, normalized
+from mamba_zoo.tasks.graph_targets import EdgeTargetData, NodeTargetData
 from mamba_zoo.tasks.registry import load_task
 
 SHARED = Path(os.environ.get("MAMBA_ZOO_DATA", "data")) / "graph"
@@ -188,6 +189,52 @@ def test_targets_are_learnt_in_their_own_units(tmp_path):
     assert abs(found["predicted"].mean() - 4.5) < 3
     trained = load_task(tmp_path / "best.ckpt")
     assert trained.hparams["center"] == pytest.approx(data.center)
+
+
+@pytest.mark.parametrize(("level", "items"), [("node", 34), ("edge", 156)])
+def test_numbers_of_nodes_and_edges_are_learnt(level, items, tmp_path):
+    data = NodeTargetData(steps_per_epoch=20) if level == "node" else EdgeTargetData(steps_per_epoch=20)
+    options = {"dim": 16, "depth": 1, "local": "gin"}
+    result = train_once(
+        "graph_mamba", data, tmp_path / "run", max_epochs=4, model={"options": options, "lr": 0.01},
+        task=f"{level}-regression",
+    )  # fmt: skip
+    curve = [row["train/loss"] for row in result["curve"]]
+    assert curve[-1] < 0.7 * curve[0]
+    found = np.load(tmp_path / "run" / "test_predictions.npz")
+    assert np.square(found["target"] - found["predicted"]).mean() ** 0.5 == pytest.approx(result["rmse"], rel=1e-4)
+    out = tmp_path / "p.csv"
+    assert main(["predict", "--checkpoint", str(tmp_path / "run"), "--data", "karate-ties", "--out", str(out)]) == 0
+    assert len(rows(out)) == items
+    assert {"node", "target_0"} <= set(rows(out)[0]) or {"source", "target", "target_0"} <= set(rows(out)[0])
+
+
+def test_edges_of_a_tie_are_in_one_part_only():
+    data = EdgeTargetData()
+    parts = {part: data.split(part)[0][0].edge_label_index.T.tolist() for part in ("train", "val", "test")}
+    assert sum(map(len, parts.values())) == 78
+    assert len({frozenset(pair) for pairs in parts.values() for pair in pairs}) == 78
+    graph, strength = data.split("test")[0]
+    assert graph.edge_index.shape == (2, 156)
+    assert strength.tolist() == [
+        graph.edge_target[(pair == graph.edge_index.T).all(1)].item() for pair in graph.edge_label_index.T
+    ]
+
+
+def test_numbers_of_nodes_and_edges_of_a_folder(folder):
+    (folder / "graphs.csv").unlink()
+    (folder / "nodes.csv").write_text("label,weight\n0.5,1\n2,2\n3,2\n")
+    (folder / "edges.csv").write_text("source,target,label,length\n0,1,2.5,1\n1,0,3.5,1\n1,2,0,2\n")
+    graph = read_folder(folder)[0]
+    assert graph.y.tolist() == [0.5, 2, 3]
+    assert graph.edge_target.tolist() == [2.5, 3.5, 0]
+    assert graph.edge_attr.tolist() == [[1], [1], [2]]
+    with pytest.raises(ValueError, match="--task node-regression"):
+        _ = NodeData(str(folder)).num_classes
+    with pytest.raises(ValueError, match="no labels to predict"):
+        EdgeTargetData("karate").setup()
+    with pytest.raises(ValueError, match=r"val_fraction=0\.0"):
+        EdgeTargetData(val_fraction=0.0)
 
 
 def test_a_checkpoint_alone_predicts_graphs_of_a_folder(folder, tmp_path, digits, capsys):
