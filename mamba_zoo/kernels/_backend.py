@@ -74,6 +74,7 @@ def implementation(backend: str, op: str) -> ModuleType:
     return importlib.import_module(f"mamba_zoo.kernels._{backend}.{op}")
 
 
+@lru_cache(maxsize=8)
 def _package(name: str) -> ModuleType:
     return importlib.import_module(f"mamba_zoo.kernels._{name}")
 

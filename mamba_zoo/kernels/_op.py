@@ -56,8 +56,11 @@ class Op:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.registered(*inputs)
 
-        self._differentiable = _differentiable(self.kernel, save, gradient)
-        _LIBRARY.impl(self.name, _differentiable(below, save, gradient), "Autograd")
+        # `watched` has seen that nothing of functorch is active. Not asking again halves what recording costs.
+        function: Any = _recorded(self.kernel, save, gradient)
+        record = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+        self._differentiable = _differentiable(self.kernel, record)
+        _LIBRARY.impl(self.name, _differentiable(below, _recorded(below, save, gradient).apply), "Autograd")
 
 
 def _filled(kernel: Callable) -> Callable:
@@ -72,8 +75,8 @@ def _filled(kernel: Callable) -> Callable:
     return run
 
 
-def _differentiable(run: Callable, save: Callable, gradient: Callable) -> Callable:
-    """`run` with the gradient recorded where one is wanted."""
+def _recorded(run: Callable, save: Callable, gradient: Callable) -> type[torch.autograd.Function]:
+    """`run` with its gradient."""
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -86,9 +89,15 @@ def _differentiable(run: Callable, save: Callable, gradient: Callable) -> Callab
         def backward(ctx, *grads):
             return gradient(ctx, *grads)
 
+    return Differentiable
+
+
+def _differentiable(run: Callable, record: Callable) -> Callable:
+    """`run`, or `record` where a gradient is wanted."""
+
     def call(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return Differentiable.apply(*inputs)
+            return record(*inputs)
         return run(*inputs)
 
     return call

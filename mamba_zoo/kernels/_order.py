@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import lru_cache
+
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-# order tensor -> {(device, l): (version, int32 table, every token visited?)}. Reading the values of a table on a GPU
-# waits for the device, so each tensor is read once, not once a layer.
-_checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# id of an order tensor -> the tensor and {(device, l): (version, int32 table, every token visited?)}. Reading the
+# values of a table on a GPU waits for the device, so each tensor is read once, not once a layer. (Torch's dictionary of
+# weak keys takes twice as long to look in.)
+_checked: dict[int, tuple[weakref.ref[Tensor], dict]] = {}
 
 
 def prepare_order(order: Tensor | None, b: int, l: int, k: int, device: torch.device) -> tuple[Tensor, bool]:
@@ -26,7 +29,7 @@ def prepare_order(order: Tensor | None, b: int, l: int, k: int, device: torch.de
         ValueError: wrong shape, an index outside -1..l-1, or a token visited twice by one direction.
     """
     if order is None:
-        return torch.arange(l, dtype=torch.int32, device=device).expand(1, k, l), True
+        return _in_turn(l, device).expand(1, k, l), True
     if not isinstance(order, Tensor) or order.dtype not in (torch.int32, torch.int64):
         found = order.dtype if isinstance(order, Tensor) else type(order).__name__
         raise TypeError(f"order must be an int32 or int64 tensor, not {found}; pass scan.order of a Scan")
@@ -37,9 +40,7 @@ def prepare_order(order: Tensor | None, b: int, l: int, k: int, device: torch.de
         )
     if torch.compiler.is_compiling() or order.is_meta or _is_fake(order):
         return _unchecked(order, device), False
-    known = _checked.get(order)
-    if known is None:
-        known = _checked[order] = {}
+    known = _known(order)
     entry = known.get((device, l))
     if entry is None or entry[0] != _version(order):
         if _capturing(device):
@@ -50,6 +51,28 @@ def prepare_order(order: Tensor | None, b: int, l: int, k: int, device: torch.de
     return entry[1], entry[2]
 
 
+def _in_turn(l: int, device: torch.device) -> Tensor:
+    """Tokens 0..l-1. The table is kept: making it on a GPU is a launch for every call of every layer."""
+    passing = (
+        torch.compiler.is_compiling()
+        or device.type == "meta"
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or _capturing(device)
+    )
+    return (_in_turn_new if passing else _in_turn_kept)(l, device)
+
+
+def _in_turn_new(l: int, device: torch.device) -> Tensor:
+    return torch.arange(l, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=16)
+def _in_turn_kept(l: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a tensor of inference mode could not be saved for a gradient later
+        return _in_turn_new(l, device)
+
+
 def trust_order(order: Tensor, l: int) -> None:
     """Note that every row of `order` is a permutation of the `l` tokens, so that its values need not be read.
 
@@ -57,10 +80,17 @@ def trust_order(order: Tensor, l: int) -> None:
     """
     if order.is_meta or _is_fake(order):
         return
-    known = _checked.get(order)
-    if known is None:
-        known = _checked[order] = {}
+    known = _known(order)
     known[order.device, l] = (_version(order), _unchecked(order.detach(), order.device), True)
+
+
+def _known(order: Tensor) -> dict:
+    """What has been found out about a table; forgotten with the tensor."""
+    place = id(order)
+    found = _checked.get(place)
+    if found is None or found[0]() is not order:
+        found = _checked[place] = (weakref.ref(order, lambda _: _checked.pop(place, None)), {})
+    return found[1]
 
 
 def _version(order: Tensor) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ def backward(s: ConvArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor
     return implementation(_served_by(s.x.dtype), "causal_conv1d").backward(s, dy, dfinal)
 
 
+@lru_cache(maxsize=8)  # asking reads the environment
 def _served_by(dtype: torch.dtype) -> str:
     """Triton, or the reference where Triton is missing."""
     return "triton" if refuse("cuda", dtype) is None else "reference"

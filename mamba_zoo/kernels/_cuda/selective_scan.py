@@ -60,7 +60,7 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
     """Gradients of all inputs that are given, by their names."""
     call = _Call(s, dy, dfinal)
     setup = call.setup
-    new, exact, contiguous = s.u.new_empty, torch.float32, torch.contiguous_format
+    contiguous = torch.contiguous_format
     written = torch.empty_like if s.complete else torch.zeros_like  # as in the forward pass
     # One part per direction where u or z is shared by them, which the launch at the end sums.
     grads = {
@@ -76,16 +76,17 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
         grads["B"], grads["C"] = (written(x, memory_format=contiguous) for x in (s.B, s.C))
     out = {name: x.data_ptr() for name, x in grads.items()}
     out["saved"] = saved.data_ptr()
-    if sums != 2:
-        # Of every block of channels; added up by the blocks themselves unless the result must be the same every time.
-        zeros = sums == 0 or not s.complete
-        maps = (s.u.new_zeros if zeros else new)((2, setup.blocks if sums else 1, *setup.maps_shape), dtype=exact)
-        out["B"] = maps.data_ptr()
-        out["C"] = out["B"] + 2 * maps.numel()
-    # Of every row and chunk: n rates, a skip weight and a bias of every channel.
+    # One tensor holds all parts that are summed at the end. dB and dC have one for every block of channels, or one that
+    # the blocks add to unless the result must be the same every time; dA, dD and dbias one for every row and chunk.
+    maps = 0 if sums == 2 else setup.maps_size * (setup.blocks if sums == 1 else 1)
+    maps += -maps % 4  # sums are read 16 bytes at a time
     channels = setup.rows * setup.chunks * setup.k * setup.d
-    steps = new(channels * (setup.n + 2), dtype=exact)
-    out["A"] = steps.data_ptr()
+    zeros = sums == 0 or (sums == 1 and not s.complete)
+    parts = (s.u.new_zeros if zeros else s.u.new_empty)(2 * maps + channels * (setup.n + 2), dtype=torch.float32)
+    start = parts.data_ptr()
+    if sums != 2:
+        out["B"], out["C"] = start, start + 4 * maps
+    out["A"] = start + 8 * maps
     out["D"] = out["A"] + 4 * channels * setup.n
     out["dt_bias"] = out["D"] + 4 * channels
     if setup.chunks == 1:
@@ -164,7 +165,7 @@ class _Setup:
         spacing = _spacing(s)
         runs, slots = _kept(s, spacing)
         self.saved_shape = (runs, slots, self.n, d)
-        self.maps_shape = tuple(s.B.shape)
+        self.maps_size = s.B.numel()
         self.y_shape = s.y_shape
         self.written_shape = self.rows_shape if k > 1 else self.y_shape
         self.u_shared, self.z_shared = (k > 1 and x is not None and x.dim() == 3 for x in (s.u, s.z))
@@ -237,7 +238,7 @@ class _Setup:
 
     def _plan_sums(self, sums: int) -> tuple[tuple[str, ...], _Sums]:
         half, runs, channels = self.dtype != torch.float32, self.rows * self.chunks, self.k * self.d
-        tokens, maps = math.prod(self.rows_shape) // self.k, math.prod(self.maps_shape)
+        tokens, maps = math.prod(self.rows_shape) // self.k, self.maps_size
         jobs: dict[str, _Sum] = {}
         for name, shared in (("u", self.u_shared), ("z", self.z_shared)):
             if shared:

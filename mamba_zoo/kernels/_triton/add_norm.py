@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launch import launch, stored_dtype
+from ._launch import contiguous, launch, stored_dtype
+from ._norm_kernels import add_norm_backward, add_norm_forward
 
 _ELEMENTS = 2048  # of a tile of rows
 _PARTS = 1024  # programs of the backward pass, each with a partial sum of the weights' gradients
@@ -30,16 +31,14 @@ def add_norm(
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, scale, weight, bias, eps, rms, out_dtype):
-        from ._norm_kernels import add_norm_forward
-
         d = x.shape[-1]
-        x = x.contiguous()
-        branch, scale, weight, bias = (t if t is None else t.contiguous() for t in (branch, scale, weight, bias))
+        x, branch, scale, weight, bias = (contiguous(t) for t in (x, branch, scale, weight, bias))
         rows, block, tile = _tiling(x)
-        stream = x
+        stream, stream_dtype = x, x.dtype
         if branch is not None:
-            stream = x.new_empty(x.shape, dtype=stored_dtype(x, torch.promote_types(x.dtype, branch.dtype)))
-        y = x.new_empty(x.shape, dtype=stored_dtype(x, out_dtype))
+            stream_dtype = torch.promote_types(x.dtype, branch.dtype)
+            stream = torch.empty_like(x, dtype=stored_dtype(x, stream_dtype))
+        y = torch.empty_like(x, dtype=stored_dtype(x, out_dtype))
         statistics = x.new_empty((2, rows), dtype=torch.float32)
         launch(
             add_norm_forward, -(-rows // tile), x,
@@ -52,26 +51,23 @@ class _AddNorm(torch.autograd.Function):
             (x.dtype, None if branch is None else branch.dtype, None if bias is None else bias.dtype),
         )
         ctx.set_materialize_grads(False)
-        y = y.to(out_dtype)
-        return y if branch is None else (stream.to(torch.promote_types(x.dtype, branch.dtype)), y)
+        y = _as(y, out_dtype)
+        return y if branch is None else (_as(stream, stream_dtype), y)
 
     @staticmethod
     def backward(ctx, *grads):
-        from ._norm_kernels import add_norm_backward
-
         stream, scale, weight, statistics = ctx.saved_tensors
         x_dtype, branch_dtype, bias_dtype = ctx.dtypes
         dstream, dy = grads if branch_dtype is not None else (None, grads[0])
         if dy is None:  # the normed tokens were not used
             dy = torch.zeros_like(stream)
-        dy = dy.contiguous()
-        dstream = None if dstream is None else dstream.contiguous()
+        dy, dstream = contiguous(dy), contiguous(dstream)
         d = stream.shape[-1]
         rows, block, tile = _tiling(stream)
         parts = max(1, min(_PARTS, -(-rows // tile)))
-        dx = stream.new_empty(stream.shape, dtype=stored_dtype(stream, x_dtype))
+        dx = torch.empty_like(stream, dtype=stored_dtype(stream, x_dtype))
         apart = branch_dtype is not None and (branch_dtype != x_dtype or scale is not None)
-        dbranch = stream.new_empty(stream.shape, dtype=stored_dtype(stream, branch_dtype)) if apart else None
+        dbranch = torch.empty_like(stream, dtype=stored_dtype(stream, branch_dtype)) if apart else None
         partial = stream.new_empty((2, parts, d), dtype=torch.float32)
         launch(
             add_norm_backward, parts, stream,
@@ -79,13 +75,17 @@ class _AddNorm(torch.autograd.Function):
             rows // max(1, stream.shape[0]), RMS=ctx.rms, BLOCK=block, TILE=tile, num_warps=4,
         )  # fmt: skip
         dweight, dbias = partial.sum(1)
-        dx = dx.to(x_dtype)
+        dx = _as(dx, x_dtype)
         if branch_dtype is not None:
-            dbranch = dx if dbranch is None else dbranch.to(branch_dtype)
+            dbranch = dx if dbranch is None else _as(dbranch, branch_dtype)
         return (
-            dx, dbranch, None, dweight.to(weight.dtype), None if bias_dtype is None else dbias.to(bias_dtype),
+            dx, dbranch, None, _as(dweight, weight.dtype), None if bias_dtype is None else _as(dbias, bias_dtype),
             None, None, None,
         )  # fmt: skip
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _tiling(x: Tensor) -> tuple[int, int, int]:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from .._conv_args import ConvArgs
-from ._launch import common_width, launch, needs_wide_offsets, stored_dtype, strides, with_unit_stride
+from ._conv_kernels import (
+    conv_backward_state,
+    conv_backward_weight,
+    conv_backward_x,
+    conv_final_state,
+    conv_forward,
+)
+from ._launch import common_width, contiguous, launch, needs_wide_offsets, stored_dtype, strides, with_unit_stride
 
 _STEPS = 16  # of a tile
 _RUN = 8  # tiles of a program that sums gradients of weights
@@ -14,8 +21,6 @@ _RUN = 8  # tiles of a program that sums gradients of weights
 
 def forward(s: ConvArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
     """`(y, final state if wanted)`; see `ConvArgs` for the shapes."""
-    from ._conv_kernels import conv_final_state, conv_forward
-
     c = _Call(s, with_unit_stride(s.x))
     y = c.new_rows()
     final = s.new_state() if want_final else None
@@ -30,22 +35,19 @@ def forward(s: ConvArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
             c.x, s.order, s.offsets, c.initial, final, *c.state_sizes(), *strides(c.x),
             W=s.w, BD=c.channels, WIDE=c.wide,
         )  # fmt: skip
-    return y.to(s.x.dtype), final
+    return y if y.dtype == s.x.dtype else y.to(s.x.dtype), final
 
 
 def backward(s: ConvArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
     """Gradients of all inputs that are given, by their names."""
-    from ._conv_kernels import conv_backward_state, conv_backward_weight, conv_backward_x
-
     dy = with_unit_stride(dy)
     c = _Call(s, with_unit_stride(s.x), dy)
     dfinal = None if dfinal is None or s.w == 1 else dfinal.contiguous()
     runs = max(1, -(-c.tiles // _RUN))
-    float32 = {"dtype": torch.float32, "device": s.x.device}
     dx = c.new_rows()
     g = c.new_rows() if s.silu else dy
-    dweight = torch.empty(s.b * runs, s.k, s.w, s.d, **float32)
-    dbias = None if s.bias is None else torch.empty(s.b * runs, s.k, s.d, **float32)
+    dweight = s.weight.new_empty((s.b * runs, s.k, s.w, s.d))
+    dbias = None if s.bias is None else s.weight.new_empty((s.b * runs, s.k, s.d))
     dinitial = (
         None if s.initial_state is None else torch.empty_like(s.initial_state, memory_format=torch.contiguous_format)
     )
@@ -67,7 +69,10 @@ def backward(s: ConvArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor
         )  # fmt: skip
     if s.x.dim() == 3:
         dx = dx[:, :, 0] if s.k == 1 else dx.sum(2)
-    grads = {"x": dx.to(s.x.dtype), "weight": dweight.sum(0).transpose(1, 2).contiguous()}
+    grads = {
+        "x": dx if dx.dtype == s.x.dtype else dx.to(s.x.dtype),
+        "weight": dweight.sum(0).transpose(1, 2).contiguous(),
+    }
     if dbias is not None:
         grads["bias"] = dbias.sum(0)
     if dinitial is not None:
@@ -80,9 +85,8 @@ class _Call:
 
     def __init__(self, s: ConvArgs, x: Tensor, dy: Tensor | None = None):
         self.s, self.x = s, x
-        self.weight = s.weight.contiguous()
-        self.bias = None if s.bias is None else s.bias.contiguous()
-        self.initial = None if s.initial_state is None or s.w == 1 else s.initial_state.contiguous()
+        self.weight, self.bias = contiguous(s.weight), contiguous(s.bias)
+        self.initial = None if s.w == 1 else contiguous(s.initial_state)
         self.width = common_width([x, dy], s.d)
         self.wide = s.l * s.k * s.d >= 2**31 or needs_wide_offsets(x, dy)
         self.channels = min(64, max(8, 1 << (s.d - 1).bit_length()))
