@@ -53,9 +53,9 @@ def ssd_forward(
     B += (sample * B_b + direction * B_k + group * B_g) * VN
     C += (sample * C_b + direction * C_k + group * C_g) * VN
     y += (sample * l * k + direction) * h * P + head * P
-    skip = tl.load(D + (direction * h + head) * P + lane, mask=lane_ok, other=0.0)[:, None] if D is not None else 0.0
-    state = tl.trans(
-        entering_state(initial, ends, totals, row, direction, head, segment, segments, k, h, block, False, N, NP, P, PB)
+    skip = tl.load(D + (direction * h + head) * P + lane, mask=lane_ok, other=0.0)[None, :] if D is not None else 0.0
+    state = entering_state(
+        initial, ends, totals, row, direction, head, segment, segments, k, h, block, False, N, NP, P, PB
     )
     step = tl.arange(0, Q)
     steps = ((sample * k + direction) * chunks * h + head) * Q
@@ -71,19 +71,19 @@ def ssd_forward(
         delta = tl.load(deltas + at + step)
         sums = tl.load(sums_of_steps + at + step)
         following = tl.load(sums_of_steps + at + h * Q + Q - 1, mask=chunk + 1 < last, other=0.0)
-        across = tl.trans(value)
-        out = product(state.to(DTYPE), tl.trans(maps_out), PRECISION) * tl.exp2(sums)[None, :]
-        mixed = product(maps_in, tl.trans(maps_out), PRECISION) * tl.trans(causal(sums, Q)) * delta[:, None]
-        out += product(across.to(DTYPE), mixed.to(DTYPE), PRECISION)
+        out = product(maps_out, state.to(DTYPE), PRECISION) * tl.exp2(sums)[:, None]
+        mixed = product(maps_out, tl.trans(maps_in), PRECISION) * causal(sums, Q) * delta[None, :]
+        out += product(mixed.to(DTYPE), value.to(DTYPE), PRECISION)
+        wide = value.to(tl.float32)
         if D is not None:
-            out += skip * across.to(tl.float32)
-        store_tile(y, tokens, k * h * P, lane, lane_ok, tl.trans(out), WIDE)
-        left = across.to(tl.float32) * (tl.exp2(total - sums) * delta)[None, :]
-        state = state * tl.exp2(total) + product(left.to(DTYPE), maps_in, PRECISION)
+            out += skip * wide
+        store_tile(y, tokens, k * h * P, lane, lane_ok, out, WIDE)
+        left = (tl.exp2(total - sums) * delta)[:, None] * wide
+        state = state * tl.exp2(total) + product(tl.trans(maps_in), left.to(DTYPE), PRECISION)
         total = following
     if final is not None:
         if segment == segments - 1:
-            store_outside(final, tl.trans(state), row, direction, head, k, h, block, N, NP, P, PB)
+            store_outside(final, state, row, direction, head, k, h, block, N, NP, P, PB)
 
 
 @triton.jit(do_not_specialize=STATES)

@@ -47,9 +47,9 @@ def product(a, b, PRECISION: tl.constexpr):
 @triton.jit
 def causal(sums, Q: tl.constexpr):
     """The decay from step j to step i at (i, j), (Q, Q); 0 where j comes later."""
-    # Arithmetic instead of a comparison: the compiler keeps comparisons of all elements, packed, in registers.
-    place = tl.arange(0, Q).to(tl.float32) * 1e30
-    return tl.exp2(tl.minimum(sums[:, None] - sums[None, :], place[:, None] - place[None, :]))
+    step = tl.arange(0, Q)
+    gap = sums[:, None] - sums[None, :]
+    return tl.exp2(tl.where(step[:, None] >= step[None, :], gap, float("-inf")))
 
 
 @triton.jit
