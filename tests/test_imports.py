@@ -79,7 +79,7 @@ def layer(module: str) -> str:
     top, _, rest = module.partition(".")
     if top == "backbones":
         return "blocks" if rest.startswith("_") else "backbones"
-    if top in ("", "_counting", "_factory"):
+    if top in ("", "_capture", "_counting", "_factory"):
         return "factory"
     return top if top in LAYERS else "main"
 
