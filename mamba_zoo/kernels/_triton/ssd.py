@@ -40,11 +40,14 @@ class Shape:
         return options if not self.registers or torch.version.hip else {**options, "maxnreg": self.registers}
 
 
-# Chosen by what the compiler says for sm_90 (triton 3.6; 128 states, 64 channels a head). Registers of a lane, bytes
-# that it spills, shared memory; bfloat16: 255, 144, 89 kB; 118, 0, 57 kB; 246, 0, 96 kB; 128, 120, 56 kB.
+# A product whose rows are the steps of a chunk keeps four warps busy. Eight share it only if it has columns for both
+# halves; otherwise they do the same work twice, and Triton 3.6 may read operands of the second half beyond the tile:
+# on an H100, float32 tiles of 16 states were wrong or failed with eight warps and right with four.
+# What the compiler says for sm_90 (triton 3.6; 128 states, 64 channels a head): registers of a lane, bytes that it
+# spills, shared memory; bfloat16: 255, 304, 92 kB; 110, 0, 58 kB; 227, 0, 98 kB; 236, 0, 91 kB.
 FORWARD, STATES, HEADS, MAPS = Shape(4, 3), Shape(8, 3), Shape(4), Shape(8, 2)
-# Float32 operands take twice the room: 255, 1736, 64 kB; 140, 0, 48 kB; 255, 2624, 64 kB; 255, 568, 96 kB.
-WIDE_FORWARD, WIDE_STATES, WIDE_HEADS, WIDE_MAPS = Shape(8), Shape(8, 2), Shape(8), Shape(8)
+# Float32 operands take twice the room; float16 tokens: 255, 56, 66 kB; 103, 0, 16 kB; 255, 944, 66 kB; 255, 408, 49 kB.
+WIDE_FORWARD, WIDE_STATES, WIDE_HEADS, WIDE_MAPS = Shape(4), Shape(8, 2), Shape(4), Shape(4)
 
 
 def forward(s: SsdArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
@@ -127,10 +130,10 @@ def launch_shape(kernel: str, n: int, p: int, dtype: torch.dtype) -> tuple[Shape
         wide = {"forward": WIDE_FORWARD, "states": WIDE_STATES, "heads": WIDE_HEADS, "maps": WIDE_MAPS}
         return wide[kernel], channels
     shape = {"forward": FORWARD, "states": STATES, "heads": HEADS, "maps": MAPS}[kernel]
-    if kernel == "maps" and n > 128:
-        shape = Shape(8)
-    if kernel == "maps" and p > channels:  # the blocks of channels are unrolled, and so would be their buffers
-        shape = Shape(shape.warps, 1, shape.registers)
+    if kernel == "maps":
+        warps = shape.warps if n > 32 else 4
+        # The blocks of channels are unrolled, and so would be their buffers; those of many states do not fit.
+        shape = Shape(warps, 1 if p > channels or n > 128 else shape.stages)
     return shape, channels
 
 
@@ -255,8 +258,8 @@ def _serves(s: SsdArgs) -> bool:
         return False
     if s.x.device.type != "cuda" or torch.version.hip is not None:
         return True
-    # Float32 on a GPU: on an H100 (triton 3.6) lengths of 1 to 500 ended in illegal memory accesses, though the
-    # interpreter agrees with float64. Until the cause is known, plain torch computes it.
+    # Float32 on a GPU: with four warps the kernels were right on an H100, see the launch table, but they have not been
+    # timed against plain torch, which computes it until then.
     return s.x.dtype != torch.float32 and _capability(s.x.device) >= _CAPABILITY
 
 
