@@ -67,6 +67,28 @@ class Waveforms(nn.Module):
         stops = stops.view(-1, *[1] * (out.dim() - 1))
         return torch.where(torch.arange(out.shape[-1], device=out.device) < stops, out, 0)
 
+    def packed(self, wave: Tensor, lengths: Sequence[int] | Tensor | None, cu_seqlens: Tensor) -> Tensor:
+        """`forward` of signals one after another in one row `(1, n)`, as a padded batch: `(1, ..., n)`.
+
+        Args:
+            wave: The row.
+            lengths: None; `cu_seqlens` takes its place.
+            cu_seqlens: `(s + 1,)` boundaries of s signals, from 0 to n.
+
+        Raises:
+            ValueError: boundaries that do not fit, or lengths beside them.
+        """
+        if lengths is not None:
+            raise ValueError("give lengths of a padded batch or cu_seqlens of a packed one, not both")
+        sizes = cu_seqlens.diff().tolist()
+        if wave.dim() != 2 or len(wave) != 1 or int(cu_seqlens[0]) or min(sizes) < 1 or sum(sizes) != wave.shape[1]:
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to n of one row (1, n), not {cu_seqlens.tolist()[:6]} for waveforms of "
+                f"{tuple(wave.shape)}"
+            )
+        out = self(nn.utils.rnn.pad_sequence(list(wave[0].split(sizes)), batch_first=True), sizes)
+        return torch.cat([row[..., :n] for row, n in zip(out, sizes, strict=True)], dim=-1)[None]
+
     def at_rate(self, wave: Tensor, sample_rate: int) -> Tensor:
         """`forward` for a waveform `(b, n)` of another rate: resampled before, and back after.
 

@@ -200,19 +200,24 @@ class SEMamba(Waveforms):
             nn.init.ones_(self.phase_real.bias)
         name_memories(self)
 
-    def forward(self, wave: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
+    def forward(
+        self, wave: Tensor, lengths: Sequence[int] | Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Noisy waveforms to clean ones.
 
         Args:
             wave: `(b, n)`, at `sample_rate`.
             lengths: Samples of each signal of a padded batch; None if all have `n`. Each comes out as if it were alone,
                 with zeros behind it.
+            cu_seqlens: `(s + 1,)` boundaries of s signals packed into one row, `(1, n)`.
 
         Returns: `(b, n)`.
 
         Raises:
             ValueError: another shape, or lengths that do not fit.
         """
+        if cu_seqlens is not None:
+            return self.packed(wave, lengths, cu_seqlens)
         signal, ends = self.prepare(wave, lengths, self.spectrum.shortest)
         scale: Tensor | float = 1.0
         if not self.causal:

@@ -252,19 +252,24 @@ class SPMamba(Waveforms):
         )
         self.decoder = Decoder(dim, 2 * sources, **dd)
 
-    def forward(self, wave: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
+    def forward(
+        self, wave: Tensor, lengths: Sequence[int] | Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Mixtures to voices.
 
         Args:
             wave: `(b, n)`, at `sample_rate`.
             lengths: Samples of each signal of a padded batch; None if all have `n`. Each comes out as if it were alone,
                 with zeros behind it.
+            cu_seqlens: `(s + 1,)` boundaries of s signals packed into one row, `(1, n)`.
 
         Returns: `(b, sources, n)`.
 
         Raises:
             ValueError: another shape, or lengths that do not fit.
         """
+        if cu_seqlens is not None:
+            return self.packed(wave, lengths, cu_seqlens)
         signal, ends = self.prepare(wave, lengths, self.spectrum.shortest)
         scale = _deviation(signal, ends).clamp_min(_QUIET)
         spectrum = self.spectrum.analyse(signal / scale, ends)

@@ -132,7 +132,7 @@ class AudioClassifier(Classifier):
         self.speed, self.tempo, self.noise = speed, tempo, noise
         self.vocal_tract, self.channel = vocal_tract, channel
         self.shift, self.mask_bands, self.mask_frames, self.mixup = shift, mask_bands, mask_frames, mixup
-        self._examples: list[tuple[Tensor, str]] = []
+        self._examples: dict[str, tuple[Tensor, str]] = {}  # by label
 
     def spectrograms(self, waves: Tensor, lengths: Tensor, training: bool = False) -> Tensor:
         """What the network sees of waveforms `(b, n)` at the front end's rate: `(b, frames, mel_bins)`, float32."""
@@ -212,14 +212,18 @@ class AudioClassifier(Classifier):
         return [*super().write_test_artifacts(out), *self._draw_examples(out)]
 
     def _keep_examples(self, batch: Any) -> None:
-        wanted = _EXAMPLES - len(self._examples)
-        if wanted <= 0:
+        """The first recording of each label, for pictures."""
+        labels = [self._label(target) for target in self.targets(batch)]
+        first = [i for i, label in enumerate(labels) if label not in self._examples and label not in labels[:i]]
+        few = [part[first[: _EXAMPLES - len(self._examples)]] for part in batch]
+        if not len(few[0]):
             return
-        few = [part[:wanted] for part in batch]
         x = self.spectrograms(few[0], few[1]).cpu()
         found = self.probabilities(self.scores(self.inference_net, few).float()).argmax(-1)
-        for spectrogram, target, best in zip(x, self.targets(few), found.tolist(), strict=True):
-            self._examples.append((spectrogram, f"{self._label(target)}, read as {self.class_names[best]}"))
+        frames = self.front_end.count(few[1], self.front_end.sample_rate or 16000).clamp(min=1).tolist()
+        for i, spectrogram in enumerate(x):
+            label, heard = self._label(self.targets(few)[i]), self.class_names[int(found[i])]
+            self._examples[label] = (spectrogram[: frames[i]], f"{label}, read as {heard}")
 
     def _label(self, target: Tensor) -> str:
         return self.class_names[int(target)]
@@ -229,7 +233,7 @@ class AudioClassifier(Classifier):
 
         if not self._examples:
             return []
-        spectrograms, titles = zip(*self._examples, strict=True)
+        spectrograms, titles = zip(*self._examples.values(), strict=True)
         plot_examples(spectrograms, titles, out / "spectrograms.png", self.front_end)
         return ["spectrograms.png"]
 
