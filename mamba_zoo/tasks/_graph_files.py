@@ -100,6 +100,22 @@ def read_folder(folder: Path) -> list[Any]:
     return found
 
 
+def read_pairs(path: Path, nodes: int) -> torch.Tensor:
+    """Pairs of nodes `(2, p)` from the columns `source` and `target` of a table.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a column is missing, or a node does not exist.
+    """
+    table = _table(path)
+    if missing := {"source", "target"} - set(table):
+        raise ValueError(f"{path} has no column {sorted(missing)[0]!r}; pairs are rows with a source and a target")
+    found = torch.stack([torch.from_numpy(_numbers(table, key)).long() for key in ("source", "target")])
+    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < nodes:
+        raise ValueError(f"{path} names nodes {int(found.min())} to {int(found.max())}, but there are {nodes}")
+    return found
+
+
 def _ties() -> Any:
     """Zachary's karate club; targets are the strength of each tie, and of all ties of each member."""
     import networkx

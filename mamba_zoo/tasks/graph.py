@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ._classifier import Classifier, check_classes, write_classes
 from ._graph_nets import build_graph_model
 from ._task import Task
+from .running import write_csv
 
 Freeze = Literal["none", "backbone", "bn"]
 Recipe = Literal["recommended", "as-published"]
@@ -170,14 +171,18 @@ class NodeClassifier(GraphClassifier):
 
     def predict_files(self, args: argparse.Namespace) -> str:
         """Class probabilities of the nodes of a graph, as CSV."""
+        graph = self._prepared(args)
+        with torch.no_grad():
+            probabilities = self.inference_net(graph).float().softmax(-1)
+        return _write(args, range(len(probabilities)), probabilities, self.class_names, "nodes")
+
+    def _prepared(self, args: argparse.Namespace) -> Any:
         from .graph_data import normalized
 
-        data = source_of(self, args)
+        graph = source_of(self, args).graph
         if self.hparams["row_normalize"]:
-            data.graph.x = normalized(data.graph.x)
-        with torch.no_grad():
-            probabilities = self.inference_net(data.graph).float().softmax(-1)
-        return _write(args, range(len(probabilities)), probabilities, self.class_names, "nodes")
+            graph.x = normalized(graph.x)
+        return graph
 
 
 class EdgeClassifier(NodeClassifier):
@@ -216,6 +221,7 @@ class EdgeClassifier(NodeClassifier):
             opt, lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze,
         )  # fmt: skip
         self.save_hyperparameters()
+        del self.hparams["num_classes"]  # of the class above: this one takes none, so that no checkpoint may hold it
         self.class_names = ["apart", "joined"]
 
     def scores(self, net: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
@@ -226,13 +232,33 @@ class EdgeClassifier(NodeClassifier):
         """1 for the pairs that are joined."""
         return batch[1]
 
+    @classmethod
+    def predict_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Which pairs are asked for."""
+        super().predict_arguments(parser)
+        parser.add_argument("--pairs", type=Path, help="CSV of pairs of nodes, with columns source and target")
+
     def predict_files(self, args: argparse.Namespace) -> str:
-        """Say that pairs have to be named in Python.
+        """The probability that the pairs of `--pairs` are joined, as CSV.
 
         Raises:
-            ValueError: always.
+            ValueError: no pairs, or a node that does not exist.
         """
-        raise ValueError("pairs of nodes are asked for in Python: set edge_label_index of PyG data, and call the model")
+        from ._graph_files import read_pairs
+
+        if args.pairs is None:
+            raise ValueError("which pairs of nodes? Give --pairs FILE, a CSV with columns source and target")
+        graph = self._prepared(args)
+        graph.edge_label_index = read_pairs(args.pairs, graph.num_nodes)
+        with torch.no_grad():
+            joined = self.inference_net(graph).float().softmax(-1)[:, 1]
+        rows = [
+            {"source": a, "target": b, "joined": f"{p:.6f}"}
+            for (a, b), p in zip(graph.edge_label_index.T.tolist(), joined.tolist(), strict=True)
+        ]
+        out = Path(args.out or "predictions.csv")
+        write_csv(out, rows)
+        return f"{len(rows):,} pairs -> {out}"
 
     def _evaluate(self, batch: Any, split: str) -> Tensor:
         from torchmetrics.functional.classification import binary_auroc

@@ -30,7 +30,7 @@ class Cloud:
 
     Attributes:
         points: `(n, 3)` float32, in the units of the file.
-        normals: `(n, 3)` float32 of unit length, or None.
+        normals: `(n, 3)` float32 of unit length, zero where a file has zeros, or None.
         labels: A number for every point, `(n,)` int64, or None.
     """
 
@@ -79,7 +79,10 @@ def read_cloud(path: str | Path, count: int = 2048, seed: int = 0) -> Cloud:
         raise BadCloudError(f"{path} holds an array of shape {points.shape}; points are rows of three coordinates")
     if not np.isfinite(points).all():
         raise BadCloudError(f"{path} holds coordinates that are not finite")
-    return cloud
+    if cloud.normals is None:
+        return cloud
+    length = np.linalg.norm(cloud.normals, axis=1, keepdims=True)
+    return replace(cloud, normals=cloud.normals / np.maximum(length, 1e-12))
 
 
 def estimate_normals(cloud: Cloud, neighbours: int = 30) -> Cloud:

@@ -167,13 +167,22 @@ def test_baselines_run_at_every_level(baseline):
         build_graph_model(baseline, None, "graph", 3, {}, {"expand": 2})
 
 
-def test_pairs_are_learnt(tmp_path):
+def test_pairs_are_learnt(tmp_path, capsys):
     result = train_once(
         "gcn", EdgeData(val_fraction=0.1), tmp_path, max_epochs=2, model={"options": {"dim": 16, "depth": 2}},
         task="edge-classification",
     )  # fmt: skip
     assert {"accuracy", "curve"} <= set(result)
     assert 0 <= result["test"]["auc"] <= 1
+    (tmp_path / "pairs.csv").write_text("source,target\n0,1\n16,25\n")
+    command = ["predict", "--checkpoint", str(tmp_path), "--data", "karate", "--out", str(tmp_path / "p.csv")]
+    assert main([*command, "--pairs", str(tmp_path / "pairs.csv")]) == 0
+    assert [(row["source"], row["target"]) for row in rows(tmp_path / "p.csv")] == [("0", "1"), ("16", "25")]
+    assert main(command) != 0
+    assert "Give --pairs FILE" in capsys.readouterr().err
+    (tmp_path / "pairs.csv").write_text("source,target\n0,34\n")
+    assert main([*command, "--pairs", str(tmp_path / "pairs.csv")]) != 0
+    assert "there are 34" in capsys.readouterr().err
 
 
 def test_targets_are_learnt_in_their_own_units(tmp_path):

@@ -15,7 +15,16 @@ from mamba_zoo.tasks import compare
 from mamba_zoo.tasks.point_augment import PointAugment, random_rotations, small_rotations
 from mamba_zoo.tasks.point_data import PartData, PointData, UnlabelledData
 from mamba_zoo.tasks.point_figures import write_viewer
-from mamba_zoo.tasks.point_files import BadCloudError, Cloud, class_folders, read_cloud, resample, to_unit_sphere
+from mamba_zoo.tasks.point_files import (
+    BadCloudError,
+    Cloud,
+    class_folders,
+    estimate_normals,
+    read_cloud,
+    resample,
+    to_unit_sphere,
+    voxel_downsample,
+)
 from mamba_zoo.tasks.point_pretraining import PointPretrainer
 from mamba_zoo.tasks.points import PartSegmenter, PointClassifier, shape_iou
 from mamba_zoo.tasks.registry import TASKS, load_task
@@ -102,6 +111,44 @@ def test_meshes_are_sampled_by_area(tmp_path):
     assert cloud.normals is not None
     np.testing.assert_allclose(np.abs(cloud.normals[:, 2]), 1, rtol=1e-6)
     np.testing.assert_array_equal(read_cloud(path, 4000, seed=1).points, cloud.points)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("open3d") is None, reason="Open3D is not installed")
+def test_meshes_and_clouds_of_every_format_are_read(tmp_path):
+    o3d = pytest.importorskip("open3d")
+    box = o3d.geometry.TriangleMesh.create_box()
+    box.compute_vertex_normals()
+    cloud = box.sample_points_uniformly(500)
+    for name in ("box.ply", "box.off", "box.obj", "box.stl"):
+        assert o3d.io.write_triangle_mesh(str(tmp_path / name), box)
+    for name in ("points.ply", "points.pcd"):
+        assert o3d.io.write_point_cloud(str(tmp_path / name), cloud)
+    for name in ("box.ply", "box.off", "box.obj", "box.stl", "points.ply", "points.pcd"):
+        found = read_cloud(tmp_path / name, 300)
+        assert len(found) == (500 if name.startswith("points") else 300)
+        on_side = np.isclose(found.points, 0, atol=1e-5) | np.isclose(found.points, 1, atol=1e-5)
+        assert on_side.any(axis=1).all(), name
+        assert found.normals is not None
+        np.testing.assert_allclose(np.linalg.norm(found.normals, axis=1), 1, rtol=1e-4)
+    thin = voxel_downsample(found, 0.25)
+    assert 50 < len(thin) < 200
+    fresh = estimate_normals(Cloud(found.points))
+    assert fresh.normals is not None
+    assert (np.abs(fresh.normals).max(axis=1) > 0.95).mean() > 0.6, "most points lie on a side"
+    (tmp_path / "broken.ply").write_text("nothing")
+    with pytest.raises(BadCloudError, match=r"broken\.ply cannot be read by Open3D"):
+        read_cloud(tmp_path / "broken.ply")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("laspy") is None, reason="laspy is not installed")
+def test_lidar_is_read_from_its_corner(tmp_path):
+    laspy = pytest.importorskip("laspy")
+    header = laspy.LasHeader(point_format=0, version="1.2")
+    header.offsets, header.scales = [4e6, 5e6, 0], [0.001] * 3
+    survey = laspy.LasData(header)
+    survey.x, survey.y, survey.z = 4e6 + np.array([1.5, 2.25]), 5e6 + np.array([7.0, 7.5]), np.array([3.0, 1.0])
+    survey.write(str(tmp_path / "a.las"))
+    np.testing.assert_allclose(read_cloud(tmp_path / "a.las").points, [[0, 0, 2], [0.75, 0.5, 0]], atol=1e-6)
 
 
 def test_resampling_and_scaling():
