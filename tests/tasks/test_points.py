@@ -132,7 +132,7 @@ def test_meshes_and_clouds_of_every_format_are_read(tmp_path):
         np.testing.assert_allclose(np.linalg.norm(found.normals, axis=1), 1, rtol=1e-4)
     thin = voxel_downsample(found, 0.25)
     assert 50 < len(thin) < 200
-    fresh = estimate_normals(Cloud(found.points))
+    fresh = estimate_normals(Cloud(found.points), 10)
     assert fresh.normals is not None
     assert (np.abs(fresh.normals).max(axis=1) > 0.95).mean() > 0.6, "most points lie on a side"
     (tmp_path / "broken.ply").write_text("nothing")
