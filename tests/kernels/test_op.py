@@ -1,0 +1,78 @@
+"""Calls that reach the kernels past torch's dispatcher, and those that are watched, come to the same."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from mamba_zoo.kernels import causal_conv1d, refusals, selective_scan
+from mamba_zoo.kernels.add_norm import add_norm
+
+from .problems import make_problem, solve
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_a_profiler_sees_the_op_and_changes_nothing(final):
+    problem = make_problem(b=2, l=5, k=2, d=3, n=2, return_final_state=final)
+    plain, seeds = solve(problem, backend="reference")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        seen, _ = solve(problem, seeds, backend="reference")
+    names = {event.key for event in profile.key_averages()}
+    assert {"mamba_zoo::selective_scan", "mamba_zoo::selective_scan_backward"} <= names
+    assert plain.keys() == seen.keys()
+    for name, value in plain.items():
+        assert torch.equal(value, seen[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_registered_op_returns_a_tensor_for_what_was_not_asked_for(dtype):
+    x, weight = torch.randn(1, 4, 3, dtype=dtype), torch.randn(1, 3, 2, dtype=dtype)
+    order = torch.arange(4, dtype=torch.int32).expand(1, 1, 4)
+    y, final = torch.ops.mamba_zoo.causal_conv1d(
+        x, weight, None, order, None, None, False, True, False, "reference"
+    )  # fmt: skip
+    assert final.shape == (0,)
+    assert final.dtype == torch.float32
+    assert torch.equal(y, causal_conv1d(x, weight, backend="reference"))
+
+
+def test_tokens_in_turn_need_no_table_whatever_mode_came_first():
+    """The table is kept from call to call: one made without data, or for inference alone, would spoil the next."""
+    x, weight = torch.randn(1, 41, 3), torch.randn(1, 3, 2, requires_grad=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        causal_conv1d(mode.from_tensor(x), mode.from_tensor(weight.detach()), backend="reference")
+    with torch.inference_mode():
+        expected = causal_conv1d(x, weight, backend="reference")
+    y = causal_conv1d(x, weight, order=None, backend="reference")
+    assert torch.equal(y, causal_conv1d(x, weight, order=torch.arange(41)[None], backend="reference"))
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_table_may_take_the_place_of_one_that_is_gone():
+    """What is known of a table is found by its address, which the next table may have."""
+    problem = make_problem(b=1, l=6, k=1, d=2, n=1, order=None)
+    for _ in range(50):
+        problem["order"] = torch.randperm(6)[None]
+        selective_scan(**problem, backend="reference")
+    problem["order"] = torch.tensor([[0, 1, 2, 3, 4, 9]])
+    with pytest.raises(ValueError, match="order holds 9"):
+        selective_scan(**problem, backend="reference")
+
+
+@pytest.mark.gpu
+def test_a_kernel_is_launched_again_only_for_what_it_was_compiled_for():
+    """Widths, alignment and dtypes that Triton compiles apart, each launched twice, in turn."""
+    if not torch.cuda.is_available() or refusals("cuda")["triton"]:
+        pytest.skip("this machine has no CUDA device that Triton serves")
+    memory = torch.randn(2**16, device="cuda")
+    cases = list(itertools.product((1, 16, 48, 50), (0, 1, 4), (torch.float32, torch.float16)))
+    for d, start, dtype in 2 * cases:
+        x, weight = memory.to(dtype)[start : start + 6 * d].view(2, 3, d), memory[start : start + d]
+        ours = add_norm(x, weight, branch=x, backend="triton")
+        theirs = add_norm(x, weight, branch=x, backend="reference")
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
