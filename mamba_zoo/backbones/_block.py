@@ -13,6 +13,7 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from ..kernels import add_norm
+from ._recompute import recomputed
 
 
 class LayerNorm(nn.LayerNorm):
@@ -85,6 +86,17 @@ def linear_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+class LeanMlp(Mlp):
+    """timm's MLP; where its activations are large, the backward pass computes them again instead of keeping them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(b, ..., dim)` to the same shape."""
+        x = self.fc1(x)
+        y = self.act(x)
+        with recomputed(y, self.act, x):
+            return self.drop2(self.fc2(self.norm(self.drop1(y))))
+
+
 class MapBlock(nn.Module):
     """A mixer of channels-last maps, and optionally an MLP, each `x + drop_path(f(norm(x)))`.
 
@@ -113,7 +125,7 @@ class MapBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if mlp_ratio > 0:
             self.norm2 = LayerNorm(dim, **dd)
-            self.mlp = Mlp(dim, int(mlp_ratio * dim), **dd)
+            self.mlp = LeanMlp(dim, int(mlp_ratio * dim), **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         else:
             self.mlp = None
@@ -180,7 +192,7 @@ def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
 
 
 # torch.fx takes these whole, because they look at dtypes. Not as decorators, which would hide their types.
-for _leaf in (LayerNorm, RMSNorm):
+for _leaf in (LayerNorm, LeanMlp, RMSNorm):
     register_notrace_module(_leaf)
 for _name in ("add_residual", "branch_scale", "linear_dtype"):
     torch.fx.wrap(_name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 from ..scans import Scan, ScanLike, as_spec, build_scan
 from ._init import init_decay_, init_step_bias_, init_uniform_
+from ._recompute import recomputed
 
 
 class DirectionLinear(nn.Module):
@@ -141,22 +142,24 @@ class SelectiveSSM(nn.Module):
             `(b, l, k, d)`, or `(b, l, d)` with `reduce`; float32 when the tokens are float16, whose sums over
             directions and states overflow, otherwise in their dtype.
         """
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return selective_scan(
-            u,
-            self.dt_proj(dt),
-            self.decay(),
-            B,
-            C,
-            self.D,
-            z,
-            order,
-            self.dt_bias,
-            dt_softplus=True,
-            reduce=reduce,
-            cu_seqlens=cu_seqlens,
-            out_dtype=torch.float32 if B.dtype == torch.float16 else None,
-        )
+        low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = self.dt_proj(low)
+        with recomputed(dt, self.dt_proj, low):  # the widest of all tensors here, made of a few channels
+            return selective_scan(
+                u,
+                dt,
+                self.decay(),
+                B,
+                C,
+                self.D,
+                z,
+                order,
+                self.dt_bias,
+                dt_softplus=True,
+                reduce=reduce,
+                cu_seqlens=cu_seqlens,
+                out_dtype=torch.float32 if B.dtype == torch.float16 else None,
+            )
 
     def called_as_this(self, layer: nn.Module) -> nn.Module:
         """`layer`, which is called like a `SelectiveSSM`, so that it can take the place of this one; see `mixer=`."""

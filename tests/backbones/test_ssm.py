@@ -1,9 +1,13 @@
-"""The per-direction projections, which take another route on each device and for each form of input."""
+"""Projections per direction, on each device and for each form of input; steps that are computed twice, not kept."""
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
-from mamba_zoo.backbones._ssm import DirectionLinear
+from mamba_zoo.backbones import _recompute
+from mamba_zoo.backbones._block import LeanMlp
+from mamba_zoo.backbones._ssm import DirectionLinear, SelectiveSSM
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -19,3 +23,60 @@ def test_direction_linear_is_one_map_per_direction(device, shared, k):
     ours, theirs = (torch.autograd.grad(out, [x, layer.weight], seed) for out in (y, wanted))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def steps_and_gradients(ssm: SelectiveSSM, u: torch.Tensor, half: bool, checkpointed: bool = False) -> tuple:
+    """Whether the steps outlive the forward pass, how often they were computed, and all gradients."""
+    made = []
+    hook = ssm.dt_proj.register_forward_hook(lambda layer, x, y: made.append(StorageWeakRef(y.untyped_storage())))
+    with torch.autocast(u.device.type, torch.bfloat16, enabled=half):
+        y = checkpoint(ssm, u, reduce="sum", use_reentrant=False) if checkpointed else ssm(u, reduce="sum")
+    kept = not made[0].expired()
+    grads = torch.autograd.grad(y.square().sum(), [u, *ssm.parameters()])
+    hook.remove()
+    return kept, len(made), grads
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+def test_large_steps_are_computed_again_instead_of_kept(half, device, monkeypatch):
+    torch.manual_seed(0)
+    ssm = SelectiveSSM(8, 4, 2, k=3).to(device)
+    u = torch.randn(2, 9, 8, device=device, requires_grad=True)
+    kept, count, wanted = steps_and_gradients(ssm, u, half)
+    assert (kept, count) == (True, 1)
+    monkeypatch.setattr(_recompute, "LEAST", 1)
+    kept, count, found = steps_and_gradients(ssm, u, half)
+    assert (kept, count) == (False, 2)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+    kept, count, found = steps_and_gradients(ssm, u, half, checkpointed=True)
+    assert (kept, count) == (False, 2)  # by the checkpoint alone
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert ssm(u).isfinite().all()
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+def test_large_activations_are_computed_again_instead_of_kept(half, device, monkeypatch):
+    torch.manual_seed(0)
+    mlp = LeanMlp(8, 32).to(device)
+    x = torch.randn(2, 5, 7, 8, device=device, requires_grad=True)
+
+    def activation_and_gradients() -> tuple:
+        made = []
+        hook = mlp.act.register_forward_hook(lambda layer, x, y: made.append(StorageWeakRef(y.untyped_storage())))
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            y = mlp(x)
+        kept = not made[0].expired()
+        grads = torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])
+        hook.remove()
+        return kept, len(made), grads
+
+    kept, count, wanted = activation_and_gradients()
+    assert (kept, count) == (True, 1)
+    monkeypatch.setattr(_recompute, "LEAST", 1)
+    kept, count, found = activation_and_gradients()
+    assert (kept, count) == (False, 2)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
