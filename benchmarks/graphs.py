@@ -103,8 +103,9 @@ _MOLECULES = Benchmark(
         {"options": {"drop_rate": 0.5, "depth": 2}},
         {"options": {"drop_rate": 0.5, "depth": 2, "global_pool": "mean"}},
         {"options": {"drop_rate": 0.5, "depth": 2, "global_pool": "mean", "dim": 64}},
+        {"options": {"drop_rate": 0.5, "depth": 2}, "model": {"ema_decay": 0.95}},
+        {"options": {"drop_rate": 0.2, "dim": 16}, "model": {"ema_decay": 0.95}},
     ),
-    trial_seeds=(100,),
 )
 BENCHMARKS = {
     "cora": _CITATIONS,
