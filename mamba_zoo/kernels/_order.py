@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+_LONGEST_KEPT = 2**20  # tokens
 # id of an order tensor -> the tensor and {(device, l): (version, int32 table, every token visited?)}. Reading the
 # values of a table on a GPU waits for the device, so each tensor is read once, not once a layer. (Torch's dictionary of
 # weak keys takes twice as long to look in.)
@@ -54,23 +55,25 @@ def prepare_order(order: Tensor | None, b: int, l: int, k: int, device: torch.de
 def _in_turn(l: int, device: torch.device) -> Tensor:
     """Tokens 0..l-1. The table is kept: making it on a GPU is a launch for every call of every layer."""
     passing = (
-        torch.compiler.is_compiling()
+        l > _LONGEST_KEPT
+        or torch.compiler.is_compiling()
         or device.type == "meta"
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or _capturing(device)
     )
-    return (_in_turn_new if passing else _in_turn_kept)(l, device)
+    if passing:
+        return torch.arange(l, dtype=torch.int32, device=device)
+    return _in_turn_kept(1 << (l - 1).bit_length(), device)[:l]
 
 
-def _in_turn_new(l: int, device: torch.device) -> Tensor:
-    return torch.arange(l, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)
 def _in_turn_kept(l: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor of inference mode could not be saved for a gradient later
-        return _in_turn_new(l, device)
+        table = torch.arange(l, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams will read it, and do not wait for this one
+    return table
 
 
 def trust_order(order: Tensor, l: int) -> None:
