@@ -44,11 +44,11 @@ def plot_parts(
         axes.scatter(*(points[:, axis] for axis in order), c=colours, s=5, linewidths=0, depthshade=True)
         axes.set_title(title)
         axes.set_axis_off()
-        low, high = points.min(axis=0), points.max(axis=0)
-        middle, half = (low + high) / 2, max(float((high - low).max()) / 2, 1e-6)
+        middle = (points.min(axis=0) + points.max(axis=0)) / 2
+        half = max(float(np.linalg.norm(points - middle, axis=1).max()), 1e-6)  # no corner sticks out, from any side
         for axis, limits in zip(order, (axes.set_xlim, axes.set_ylim, axes.set_zlim), strict=True):
             limits(middle[axis] - half, middle[axis] + half)
-        axes.set_box_aspect((1, 1, 1), zoom=1.25)
+        axes.set_box_aspect((1, 1, 1), zoom=1.6)
         axes.view_init(20, 40)
     shown = [name for i, name in enumerate(names) if any((part == i).any() for part in parts.values())]
     marks = [
