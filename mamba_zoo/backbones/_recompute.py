@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..kernels._op import watched
@@ -51,4 +52,4 @@ def recomputed(x: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Abstr
 
 
 def _observed(x: Tensor) -> bool:
-    return watched((x,)) or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return watched((x,)) or _top_saved_tensors_default_hooks(False) is not None

@@ -41,7 +41,7 @@ class Maps(nn.Module):
         strides: Pixels per position of each map.
 
     Raises:
-        ValueError: a model that offers no maps.
+        ValueError: a model that offers no maps, or not those of `out_indices`.
     """
 
     def __init__(
@@ -68,6 +68,8 @@ class Maps(nn.Module):
         given = {key: value for key, value in given.items() if value is not None}
         try:
             self.body = mamba_zoo.create_model(name, features_only=True, pretrained=pretrained, **given)
+        except (AssertionError, IndexError) as error:  # timm's
+            raise ValueError(f"out_indices={out_indices} names maps that {name} does not have: {error}") from error
         except (RuntimeError, AttributeError) as error:
             raise ValueError(f"{name} offers no feature maps ({error}); choose an image model") from error
         info = cast(Any, self.body).feature_info

@@ -206,6 +206,9 @@ class Detector(Task):
         head = head or self.heads[0]
         if head not in self.heads:
             raise ValueError(f"head={head!r} is unknown here; choose one of {', '.join(self.heads)}")
+        sizes = {"rois": rois, "detections": detections, "fpn_channels": fpn_channels, "hidden": hidden}
+        if small := [f"{key}={value}" for key, value in sizes.items() if value < 1]:
+            raise ValueError(f"{', '.join(small)} must be at least 1")
         class_names = class_names or [str(i) for i in range(10)]
         maps = Maps(name, scan, img_size, pretrained, checkpoint_path, drop_path_rate, out_indices, options)
         net = DetectorNet(

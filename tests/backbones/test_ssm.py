@@ -1,5 +1,7 @@
 """Projections per direction, on each device and for each form of input; steps that are computed twice, not kept."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -30,7 +32,7 @@ def steps_and_gradients(ssm: SelectiveSSM, u: torch.Tensor, half: bool, checkpoi
     made = []
     hook = ssm.dt_proj.register_forward_hook(lambda layer, x, y: made.append(StorageWeakRef(y.untyped_storage())))
     with torch.autocast(u.device.type, torch.bfloat16, enabled=half):
-        y = checkpoint(ssm, u, reduce="sum", use_reentrant=False) if checkpointed else ssm(u, reduce="sum")
+        y: Any = checkpoint(ssm, u, reduce="sum", use_reentrant=False) if checkpointed else ssm(u, reduce="sum")
     kept = not made[0].expired()
     grads = torch.autograd.grad(y.square().sum(), [u, *ssm.parameters()])
     hook.remove()

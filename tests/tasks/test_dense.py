@@ -226,6 +226,8 @@ def test_masks_that_cannot_be_right(regions):
     [
         (lambda: Detector(FAST, head="mask_rcnn"), "choose one of faster_rcnn, retinanet"),
         (lambda: InstanceSegmenter(FAST, head="retinanet"), "choose one of mask_rcnn"),
+        (lambda: Detector(FAST, rois=0, detections=0), "rois=0, detections=0 must be at least 1"),
+        (lambda: Detector(FAST, out_indices=[9]), r"out_indices=\[9\] names maps that test_resnet does not have"),
         (lambda: Segmenter(FAST, head="unet"), "choose one of upernet, fpn"),  # type: ignore[arg-type]
         (lambda: Segmenter("vmamba_mino"), "did you mean 'vmamba_mini'"),
         (lambda: Segmenter(FAST, class_names=["one"]), "at least 2 classes"),

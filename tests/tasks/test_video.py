@@ -65,7 +65,7 @@ def test_learns_motion(tmp_path, monkeypatch, device):
         model={"lr": 3e-3, "warmup_epochs": 0.5},
         trainer={"accelerator": "gpu" if device.type == "cuda" else "cpu"},
     )
-    assert result["accuracy"] > 0.4  # chance: 0.25
+    assert result["accuracy"] > 0.5  # chance: 0.25
     assert [row["clips"] for row in result["curve"]] == [512] * 2
     model = load_task(tmp_path)
     assert isinstance(model, VideoClassifier)
