@@ -101,16 +101,17 @@ def train(entry: Entry, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def picture(entry: Entry, args: argparse.Namespace) -> None:
     """The first test mixture before and after the model of the first seed, as spectrograms."""
+    import torch
     from torchmetrics.functional.audio import permutation_invariant_training
     from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio as best
 
     from mamba_zoo.tasks.registry import load_task
-    from mamba_zoo.tasks.speech import apply_model
     from mamba_zoo.tasks.speech_figures import plot_spectrograms
 
     model: Any = load_task(folder(args.runs, entry, args.seeds[0]) / "last.ckpt")
     mixture, voices = _data(entry.task, args).split("test")[0]
-    out = apply_model(model.inference_net, mixture[None], len(mixture)).view(-1, len(mixture))
+    with torch.inference_mode():
+        out = model.inference_net(mixture[None]).view(-1, len(mixture))
     order = permutation_invariant_training(out[None], voices[None], best, "speaker-wise")[1][0].tolist()
     signals = {"mixture": mixture.numpy()}
     for i, (j, voice) in enumerate(zip(order, voices, strict=True)):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._classifier import write_classes
 from .audio_data import collate
 from .running import write_csv
-from .sound_files import BadSoundError, list_sounds, read_sound, resample
+from .sound_files import BadSoundError, list_sounds, resample, sound_blocks
 
 if TYPE_CHECKING:
     from .audio_classification import AudioClassifier
@@ -75,7 +75,7 @@ def predict_csv(model: AudioClassifier, args: argparse.Namespace) -> str:
     if args.windows:
         write_csv(args.windows, rows)
     left_out = f"; {len(skipped)} unreadable files left out, the first is {skipped[0]}" if skipped else ""
-    return f"{len(kept):,} recordings -> {out}{left_out}"
+    return f"{len(kept):,} recording{'s' * (len(kept) > 1)} -> {out}{left_out}"
 
 
 @torch.inference_mode()
@@ -135,35 +135,11 @@ def windows(path: Path, sample_rate: int, seconds: float, overlap: float = 0.5) 
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap={overlap} must be at least 0 and below 1")
     start = 0.0
-    for rate, samples, shared in _blocks(path, seconds, overlap):
+    for rate, samples, shared in sound_blocks(path, seconds, overlap):
         if start and len(samples) <= shared:
             return
-        mono = samples.mean(1) if samples.ndim == 2 else samples
-        yield start, resample(np.ascontiguousarray(mono, dtype=np.float32), rate, sample_rate)
+        yield start, resample(samples, rate, sample_rate)
         start += (round(seconds * rate) - shared) / rate
-
-
-def _blocks(path: Path, seconds: float, overlap: float) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Rate, samples and shared samples of the windows of a file at its own rate."""
-    try:
-        import soundfile
-    except ImportError:
-        samples, rate = read_sound(path)
-        size = round(seconds * rate)
-        shared = round(size * overlap)
-        for start in range(0, len(samples), size - shared):
-            yield rate, samples[start : start + size], shared
-        return
-    try:
-        with soundfile.SoundFile(path) as file:
-            if not file.frames:
-                raise BadSoundError(f"{path} holds no samples")
-            size = round(seconds * file.samplerate)
-            shared = round(size * overlap)
-            for block in file.blocks(size, shared, dtype="float32"):
-                yield file.samplerate, block, shared
-    except soundfile.SoundFileError as error:
-        raise BadSoundError(f"{path} cannot be read as sound: {error}") from error
 
 
 def _device(name: str) -> torch.device:

@@ -86,6 +86,8 @@ def orders(
     """
     seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(operator.index(s) for s in seeds)
     entry = find_task(task)
+    if model is None:
+        model_options = {**entry.model_class.compared, **(model_options or {})}
     model = str(model or _default(entry.model_class, "name"))
     grid = grid or entry.model_class.grid
     if metric is None:
@@ -252,16 +254,19 @@ def main(arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
+    from ._compare_flags import take_settings
     from ._tables import rich_tables
 
+    given, arguments = take_settings(arguments)
     parser = argparse.ArgumentParser(
         prog="mamba-zoo compare",
         description="Train one model under several scan orders, with equal budget and paired seeds, and say which "
-        "differences are real. Call again with the same --out to go on, or to add orders or seeds.",
+        "differences are real. Call again with the same --out to go on, or to add orders or seeds. Settings are given "
+        "as to mamba-zoo fit: --config RECIPE, --data.KEY VALUE, --model.KEY VALUE, --trainer.KEY VALUE.",
     )
     parser.add_argument(
         "--task",
-        default=DEFAULT,
+        default=given.task or DEFAULT,
         choices=tuple(TASKS),
         metavar="TASK",
         help=f"one of {', '.join(TASKS)} (default: %(default)s)",
@@ -270,7 +275,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", help="as --data.root of mamba-zoo fit (default: the task's, for images digits)")
     parser.add_argument("--scans", default="cross,hilbert,snake", help="names or specs, separated by commas")
     parser.add_argument("--seeds", default="3", help="how many, or a list such as 0,1,5 (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=20, help="budget of every run (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="budget of every run (default: the recipe's, or 20)")
     parser.add_argument("--out", default="runs/compare", help="folder of the comparison (default: %(default)s)")
     parser.add_argument("--reference", help="what the others are compared to (default: the first order)")
     parser.add_argument("--controls", default="random,none", help="random, none, both, or '' (default: %(default)s)")
@@ -291,7 +296,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--report-only", action="store_true", help="train nothing; table and report of what --out holds"
     )
-    args = parser.parse_args(list(arguments))
+    args = parser.parse_args(arguments)
     console = Console()
     if not console.is_terminal:  # a log has no width of its own
         console = Console(width=140)
@@ -310,21 +315,24 @@ def main(arguments: Sequence[str]) -> int:
         write_all(comparison, args.out)
         show(comparison)
         return 0
+    given.check(args.task)
+    model, root = given.model.pop("name", None), given.data.pop("root", None)
+    epochs = given.trainer.pop("max_epochs", 20)
     try:
         comparison = orders(
-            args.model,
-            args.data,
+            args.model or model,
+            args.data or root,
             split_specs(args.scans),
             _seeds(args.seeds),
-            args.epochs,
+            args.epochs or epochs,
             args.out,
             split_specs(args.controls),
             args.reference,
             args.match_directions,
             alpha=args.alpha,
-            data_options=_given(image_size=args.image_size, batch_size=args.batch_size),
-            model_options=_given(lr=args.lr),
-            trainer_options=_given(precision=args.precision, accelerator=args.accelerator),
+            data_options=given.data | _given(image_size=args.image_size, batch_size=args.batch_size),
+            model_options=given.model | _given(lr=args.lr),
+            trainer_options=given.trainer | _given(precision=args.precision, accelerator=args.accelerator),
             keep_checkpoints=args.keep_checkpoints,
             task=args.task,
         )

@@ -197,7 +197,9 @@ class LabelledSeries(TaskData):
     def describe(self, unit: str) -> list[tuple[str, str]]:
         """Series, their lengths and channels."""
         lengths = self.split("train").lengths
-        size = f"{int(lengths.min())} to {int(lengths.max())} steps of {self.in_chans} channels"
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        steps = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+        size = f"{steps} steps of {self.in_chans} channel{'s' * (self.in_chans > 1)}"
         return [*super().describe(unit), ("sizes", f"{size}, {self.num_classes} classes")]
 
 

@@ -28,7 +28,7 @@ def plan(argv: Sequence[str]) -> tuple[str, list[str], Path | None]:
     """
     args, resume = _take_resume(list(argv))
     args, task = _take(args, "--task")
-    configs, args = _named_configs(args)
+    configs, args = named_configs(args)
     if resume is not None:
         configs = [resume / "config.yaml", *configs]
     named = {str(config): name for config in configs if (name := _task_in(config)) is not None}
@@ -120,7 +120,7 @@ def _latest_run() -> Path:
     return runs[-1].parent
 
 
-def _named_configs(args: Sequence[str]) -> tuple[list[Path], list[str]]:
+def named_configs(args: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The recipes of `--config`, each a file or the name of a shipped one, and the other arguments."""
     configs: list[Path] = []
     rest, i = [], 0

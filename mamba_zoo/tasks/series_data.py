@@ -178,10 +178,12 @@ class SeriesData(TaskData):
         rows = split_rows(len(table.values), self.how, Path(self.root).name)
         least = self.seq_len + self.pred_len
         if rows[0] < least or min(rows[1:]) < max(self.pred_len, 1) or (not self.pred_len and min(rows) < self.seq_len):
+            steps, smaller = f"{self.seq_len}", "seq_len"
+            if self.pred_len:
+                steps, smaller = f"{steps} + {self.pred_len}", "seq_len or pred_len,"
             raise ValueError(
                 f"{self.root} has {len(table.values)} rows, {'/'.join(map(str, rows))} for training, validation and "
-                f"test: too few for windows of {self.seq_len} + {self.pred_len} steps; give a smaller seq_len or "
-                "pred_len, or another split"
+                f"test: too few for windows of {steps} steps; give a smaller {smaller} or another split"
             )
         values = self.check(table)
         train = values[: rows[0]]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+import wave
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,62 @@ def write_sound(path: Path, samples: Any, sample_rate: int) -> None:
         soundfile.write(path, data, sample_rate, subtype="PCM_16")
 
 
+def sound_blocks(path: Path, seconds: float, overlap: float = 0.0) -> Iterator[tuple[int, np.ndarray, int]]:
+    """A file in pieces, of which soundfile holds one at a time in memory.
+
+    Args:
+        path: A sound file.
+        seconds: Length of a piece.
+        overlap: Part of a piece that the next one shares with it.
+
+    Yields: The rate of the file, the samples `(n,)` of the piece, float32 with the channels averaged, and how many the
+        next piece shares with it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        BadSoundError: the file cannot be read, or is empty.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no sound file {path}")
+    try:
+        import soundfile
+    except ImportError:
+        samples, rate = read_sound(path)
+        size = max(1, round(seconds * rate))
+        shared = round(size * overlap)
+        for start in range(0, len(samples), size - shared):
+            yield rate, samples[start : start + size], shared
+        return
+    try:
+        with soundfile.SoundFile(path) as file:
+            if not file.frames:
+                raise BadSoundError(f"{path} holds no samples")
+            size = max(1, round(seconds * file.samplerate))
+            shared = round(size * overlap)
+            for block in file.blocks(size, shared, dtype="float32"):
+                mono = block.mean(1) if block.ndim == 2 else block
+                if not np.isfinite(mono).all():
+                    raise BadSoundError(f"{path} holds samples that are not finite")
+                yield file.samplerate, np.ascontiguousarray(mono, dtype=np.float32), shared
+    except soundfile.SoundFileError as error:
+        raise BadSoundError(f"{path} cannot be read as sound: {error}") from error
+
+
+@contextmanager
+def sound_writer(path: Path, sample_rate: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that appends samples `(n,)` to a wav file of 16 bits; what is beyond -1..1 is clipped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+
+        def write(samples: np.ndarray) -> None:
+            file.writeframes(np.round(np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+
+        yield write
+
+
 def resample(samples: np.ndarray, old: int, new: int) -> np.ndarray:
     """Samples `(n,)` at another rate, `(ceil(n * new / old),)`, by a polyphase filter."""
     if old == new:
@@ -85,6 +143,27 @@ def resample(samples: np.ndarray, old: int, new: int) -> np.ndarray:
 
     factor = math.gcd(old, new)
     return resample_poly(samples, new // factor, old // factor).astype(np.float32)
+
+
+def resample_blocks(blocks: Iterable[np.ndarray], old: int, new: int) -> Iterator[np.ndarray]:
+    """What `resample` makes of a signal that comes in blocks, a few of which are held at a time."""
+    if old == new:
+        yield from blocks
+        return
+    factor = math.gcd(old, new)
+    up, down = new // factor, old // factor
+    # The filter reaches 10 * max(up, down) steps of the common multiple of the rates to either side.
+    margin = -(-(10 * max(up, down) // up + 2) // down) * down
+    held, before = np.zeros(0, np.float32), 0
+    for block in blocks:
+        held = np.concatenate([held, block])
+        done = before + max(0, (len(held) - before - margin) // down * down)
+        if done > before:
+            yield resample(held[: done + margin], old, new)[before // down * up : done // down * up]
+            left = min(margin, done)
+            held, before = held[done - left :], left
+    if len(held) > before:
+        yield resample(held, old, new)[before // down * up :]
 
 
 def common_root(paths: Sequence[Path]) -> Path:

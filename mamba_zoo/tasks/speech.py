@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torchmetrics.functional.audio import permutation_invariant_training, scale_invariant_signal_distortion_ratio
 
 import mamba_zoo
-from mamba_zoo.backbones import stream
 
 from ._speech_baselines import BASELINES, build_baseline
 from ._task import Task
 from .checkpoints import write_atomically
 from .running import write_csv
-from .sound_files import list_sounds, read_sound, resample, write_sound
+from .sound_files import write_sound
 from .speech_figures import plot_spectrograms
 
 _EXAMPLES = 3
@@ -151,8 +150,8 @@ class SpeechTask(Task):
         files = ["mixtures.csv"]
         for i, (mixture, *rest) in enumerate(self._examples):
             named = {"mixture": mixture}
-            named |= {f"out-{name}": y for name, y in zip(self._names(), rest[: self.sources], strict=True)}
-            named |= {f"true-{name}": y for name, y in zip(self._names(), rest[self.sources :], strict=True)}
+            named |= {f"out-{name}": y for name, y in zip(self.voice_names(), rest[: self.sources], strict=True)}
+            named |= {f"true-{name}": y for name, y in zip(self.voice_names(), rest[self.sources :], strict=True)}
             for name, signal in named.items():
                 write_sound(out / f"example{i}-{name}.wav", signal, self.sample_rate)
             plot_spectrograms(named, self.sample_rate, out / f"example{i}.png")
@@ -167,38 +166,18 @@ class SpeechTask(Task):
     @classmethod
     def predict_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the flags that `mamba-zoo predict` takes for this task, beside those that all tasks share."""
-        parser.add_argument(
-            "--chunk-seconds",
-            type=float,
-            default=10.0,
-            help="length of the pieces in which a causal model reads, so that memory does not grow with the "
-            "recording (default: 10); other models read a recording whole",
-        )
-        parser.add_argument("--no-pictures", action="store_true", help="write no spectrograms")
+        from .speech_predict import add_arguments
+
+        add_arguments(parser)
 
     def predict_files(self, args: argparse.Namespace) -> str:
         """Write what becomes of every recording as wav files at its own rate, and spectrograms of before and after."""
-        paths = [args.data] if args.data.is_file() else list_sounds(args.data)
-        root = args.data.parent if args.data.is_file() else args.data
-        out = args.out or Path("predictions")
-        device = "cuda" if args.device in ("auto", "gpu") and torch.cuda.is_available() else "cpu"
-        net = self.inference_net.to(device).eval()
-        for path in paths:
-            samples, rate = read_sound(path)
-            wave = torch.from_numpy(resample(samples, rate, self.sample_rate))[None]
-            results = apply_model(net, wave, round(args.chunk_seconds * self.sample_rate)).view(self.sources, -1)
-            stem = out / path.relative_to(root).with_suffix("")
-            made = {"input": samples}
-            for name, signal in zip(self._names(), results.numpy(), strict=True):
-                back = resample(signal, self.sample_rate, rate)[: len(samples)]
-                made[name] = np.pad(back, (0, len(samples) - len(back)))
-                write_sound(stem.with_name(f"{stem.name}-{name}.wav"), made[name], rate)
-            if not args.no_pictures:
-                plot_spectrograms(made, rate, stem.with_name(f"{stem.name}.png"))
-        pictures = "" if args.no_pictures else " and their spectrograms"
-        return f"{len(paths):,} recordings -> {out}: {', '.join(self._names())}{pictures}"
+        from .speech_predict import predict_sounds
 
-    def _names(self) -> tuple[str, ...]:
+        return predict_sounds(self, args)
+
+    def voice_names(self) -> tuple[str, ...]:
+        """What the outputs are called in the names of files."""
         return ("enhanced",) if self.sources == 1 else tuple(f"voice{i + 1}" for i in range(self.sources))
 
     def _evaluate(self, batch: Any, split: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -374,15 +353,6 @@ def best_snr(outputs: Tensor, voices: Tensor, limit: float = 30.0) -> Tensor:
     if outputs.shape[1] == 1:
         return snr(outputs, voices)[:, 0]
     return permutation_invariant_training(outputs, voices, snr, "speaker-wise")[0]
-
-
-@torch.no_grad()
-def apply_model(net: Any, wave: Tensor, chunk: int) -> Tensor:
-    """What a model makes of a recording `(1, n)`, on the CPU; causal models read it in chunks of so many samples."""
-    device = next(net.parameters()).device
-    if getattr(net, "causal", False):
-        return torch.cat([y.cpu() for y in stream(net, (part.to(device) for part in wave.split(max(chunk, 1), 1)))], 1)
-    return net(wave.to(device)).cpu()
 
 
 def _missing(key: str, sample_rate: int) -> str | None:

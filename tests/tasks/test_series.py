@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import evaluate, load_task, train_once
 from mamba_zoo.tasks._gaps import interpolate, random_gaps, turn_gaps
 from mamba_zoo.tasks.labelled_series import LabelledSeries, read_parts, split_classes
@@ -460,16 +462,29 @@ def test_data_of_sktime_say_how_to_get_them(monkeypatch):
         find_table("sktime:Airline")
 
 
-def test_orders_of_variates_are_compared(table, tmp_path):
-    from mamba_zoo.compare import orders
-
-    comparison = orders(
-        "s_mamba", str(table), ["bidirectional", "correlation"], 1, 1, tmp_path, [], task="forecasting",
-        data_options={"seq_len": 24, "pred_len": 6, "batch_size": 64},
-        model_options={"net": {"dim": 8, "depth": 1}}, trainer_options=CPU,
-    )  # fmt: skip
-    assert [order.scan for order in comparison.orders] == ["bidirectional", "correlation"]
+def test_orders_of_variates_are_compared_with_a_recipe(table, tmp_path, capsys):
+    command = [
+        "compare", "--config", "forecast", "--data", str(table), "--data.seq_len", "24", "--data.pred_len=6",
+        "--data.batch_size", "64", "--model.net", "{dim: 8, depth: 1}", "--trainer.accelerator", "cpu",
+        "--scans", "bidirectional,correlation", "--controls", "", "--seeds", "1", "--epochs", "1",
+        "--out", str(tmp_path),
+    ]  # fmt: skip
+    assert main(command) == 0
     assert (tmp_path / "report.html").exists()
+    settings = json.loads((tmp_path / "settings.json").read_text())["settings"]
+    assert (settings["model"], settings["task"], settings["epochs"]) == ("s_mamba", "forecasting", 1)
+    assert settings["data"]["seq_len"] == 24
+    assert settings["model_options"] == {
+        "lr": 0.0003, "schedule": "halving", "patience": 3, "net": {"dim": 8, "depth": 1}
+    }  # fmt: skip
+    for wrong, message in (
+        (["--data.seqlen", "24"], "did you mean --data.seq_len"),
+        (["--model.net", "{dim"], "cannot be read"),
+        (["--task", "anomaly"], "the recipe says forecasting"),
+        (["--data.seq_len"], "--data.seq_len needs a value"),
+    ):
+        assert main([*command, *wrong]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.skipif("MAMBA_ZOO_DATA" not in os.environ, reason="MAMBA_ZOO_DATA names no folder of data sets")
