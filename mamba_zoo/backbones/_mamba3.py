@@ -1,150 +1,46 @@
-"""The layers of Mamba-3 (ICLR 2026), one input and one output per head: a trapezoidal rule and rotating states."""
+"""The layers of Mamba-3 (arXiv:2603.15569): a trapezoidal rule, rotating states, one input a head or several."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import ssd
-from ..kernels._order import pack_order, prepare_order
 from ._init import init_step_bias_
 from ._mamba2 import count_heads
 from ._ssm import DirectionLinear
+from ._trapezoid import Memory, trapezoid
 
 _SLOWEST = -1e-4  # decay rate
 
 
-class Memory(NamedTuple):
-    """What a stream keeps of the tokens before; its size does not depend on how many there were."""
-
-    scan: Tensor  # (b, k, h, p, n), the state h_t after the last token
-    x: Tensor  # (b, k, h, p), the last token, of which the next step takes a part
-    B: Tensor  # (b, k, h, n), its input map, rotated
-    turns: Tensor  # (b, k, h, r), the sum of angles, in radians up to whole turns
-
-
-def trapezoid(
-    x: Tensor,
-    dt: Tensor,
-    rate: Tensor,
-    trap: Tensor,
-    angle: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    order: Tensor | None = None,
-    reduce: str | None = None,
-    cu_seqlens: Tensor | None = None,
-    memory: Memory | None = None,
-) -> Any:  # Tensor, or (Tensor, Memory) with a memory
-    """The recurrence of Mamba-3, through the state-space dual.
-
-    With `e = exp(rate dt)`, and steps t along the visiting order:
-
-        h_t = e_t h_(t-1) + (1 - trap_t) dt_t e_t B_(t-1) x_(t-1) + trap_t dt_t B_t x_t
-        y_t = C_t h_t + D x_t
-
-    where B and C are first rotated by the sum of `angle dt` over all steps up to t. As h_t plus what step t + 1 will
-    take from step t obeys the recurrence of `kernels.ssd`, it is one such scan, and what was added is taken off the
-    output again.
-
-    Args:
-        x: Tokens `(b, l, h, p)`, shared by the directions, or `(b, l, k, h, p)`.
-        dt: Step sizes `(b, l, k, h)`, positive.
-        rate: Decay rates `(b, l, k, h)`, negative.
-        trap: Weights of the present token `(b, l, k, h)`, between 0 and 1.
-        angle: Of rotation per unit step, `(b, l, k, r)` radians: of the first r pairs of neighbouring states.
-        B: Input maps `(b, l, k, h, n)`.
-        C: Output maps, likewise.
-        D: Skip weights `(k, h)`.
-        order: `(k, m)` or `(b, k, m)`. An empty step is a token of zeros with a step size of zero.
-        reduce: None, "sum" or "mean" over directions.
-        cu_seqlens: `(s + 1,)` token boundaries of packed sequences.
-        memory: Of the tokens before these, in a stream: then neither `order` nor `cu_seqlens`.
-
-    Returns:
-        `(b, l, k, h, p)`, or `(b, l, h, p)` with `reduce`; with `memory` also that after the last token.
-    """
-    b, l, k, _ = dt.shape
-    exact = torch.promote_types(dt.dtype, torch.float32)
-    dt, rate, trap, angle = (t.to(exact) for t in (dt, rate, trap, angle))
-    table = None
-    if order is not None or cu_seqlens is not None:
-        table, _ = prepare_order(order, b, l, k, x.device)
-        if cu_seqlens is not None:
-            table, _ = pack_order(table, cu_seqlens, l)
-    dealt = _along((1 - trap) * dt, table)  # what each step takes from the one before it
-    given = _back(F.pad(dealt[:, 1:], (0, 0, 0, 0, 0, 1)), table, l)
-    turns = _along((angle[:, :, :, None] * dt[..., None]).flatten(3), table).cumsum(1)
-    turns = _back(turns, table, l).unflatten(3, (dt.shape[3], -1))
-    if memory is not None:
-        turns = turns + memory.turns[:, None]
-    agree = (B.to(exact) * C.to(exact)).sum(-1)  # rotated together, they agree as before
-    B, C = _rotate(B, turns), _rotate(C, turns)
-    start = None
-    if memory is not None:  # and what the first of these tokens takes from the last of those before
-        start = memory.scan + (dealt[:, 0, ..., None] * memory.x)[..., None] * memory.B[:, :, :, None]
-    y = ssd(
-        x, trap * dt + given, None, B, C, D, order=order, cu_seqlens=cu_seqlens, decay=rate * dt, out_dtype=exact,
-        initial_state=start, return_final_state=memory is not None,
-    )  # fmt: skip
-    y, state = (y, None) if memory is None else y
-    taken = (given * agree)[..., None] * (x if x.dim() == 5 else x[:, :, None])
-    if table is not None:  # tokens that a direction never visits stay zero
-        visited = _back(torch.ones_like(dealt[..., :1]), table, l)
-        taken = taken * visited[..., None]
-    y = y - taken
-    if reduce is not None:
-        y = y.sum(2) if reduce == "sum" else y.mean(2)
-    y = y.to(x.dtype) if x.dtype != torch.float16 else y
-    if memory is None or state is None:
-        return y
-    last = (x if x.dim() == 5 else x[:, :, None])[:, -1].expand_as(memory.x)
-    return y, Memory(state, last.to(exact), B[:, -1].to(exact), turns[:, -1].remainder(2 * math.pi))
-
-
-def _along(x: Tensor, table: Tensor | None) -> Tensor:
-    """`(b, l, k, c)` in visiting order, `(b, m, k, c)`, zero at empty steps."""
-    if table is None:
-        return x
-    index = table.long().transpose(1, 2)[..., None].expand(len(x), -1, -1, x.shape[-1])
-    return x.gather(1, index.clamp(min=0)).masked_fill(index < 0, 0)
-
-
-def _back(x: Tensor, table: Tensor | None, l: int) -> Tensor:
-    """The inverse: `(b, m, k, c)` to `(b, l, k, c)`, zero at tokens that are not visited."""
-    if table is None:
-        return x
-    index = table.long().transpose(1, 2)[..., None].expand_as(x)
-    index = torch.where(index < 0, l, index)  # empty steps write to a spare place
-    return x.new_zeros(len(x), l + 1, *x.shape[2:]).scatter(1, index, x)[:, :l]
-
-
-def _rotate(maps: Tensor, turns: Tensor) -> Tensor:
-    """`maps (..., n)` with the first pairs of neighbouring states rotated by `turns (..., r)` radians."""
-    r = turns.shape[-1]
-    pairs, rest = maps[..., : 2 * r].unflatten(-1, (r, 2)), maps[..., 2 * r :]
-    sin, cos = turns.sin(), turns.cos()
-    first, second = pairs.to(turns.dtype).unbind(-1)
-    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
-    return torch.cat([turned.to(maps.dtype), rest], dim=-1)
-
-
 class _Maps(nn.Module):
-    """Norms and biases of B and C, and what becomes of raw steps, rates, weights and angles."""
+    """Norms and biases of B and C, and what becomes of raw steps, rates, weights and angles.
 
-    def __init__(self, heads: int, d_state: int, rope_fraction: float, k: int = 1, device=None, dtype=None):
+    With a `rank`, heads have that many inputs and outputs, and B and C as many rows.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        d_state: int,
+        rope_fraction: float,
+        k: int = 1,
+        rank: int | None = None,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         dd: Any = {"device": device, "dtype": dtype}
-        self.pairs = int(rope_fraction * d_state) // 2
+        rows = (heads, d_state) if rank is None else (heads, rank, d_state)
+        self.pairs, self.rank = int(rope_fraction * d_state) // 2, rank
         self.dt_bias = nn.Parameter(torch.empty(k, heads, **dd))
-        self.B_bias = nn.Parameter(torch.ones(heads, d_state, **dd))
-        self.C_bias = nn.Parameter(torch.ones(heads, d_state, **dd))
+        self.B_bias = nn.Parameter(torch.ones(rows, **dd))
+        self.C_bias = nn.Parameter(torch.ones(rows, **dd))
         self.B_norm = nn.Parameter(torch.ones(d_state, **dd))
         self.C_norm = nn.Parameter(torch.ones(d_state, **dd))
         self.D = nn.Parameter(torch.ones(k, heads, **dd))
@@ -153,7 +49,10 @@ class _Maps(nn.Module):
     def forward(
         self, x: Tensor, dt: Tensor, rate: Tensor, trap: Tensor, angle: Tensor, B: Tensor, C: Tensor, **options: Any
     ) -> Any:
-        """`trapezoid` of raw projections: of heads `(b, l, k, h)`, `angle (b, l, k, r)`, B and C `(b, l, k, g, n)`."""
+        """`trapezoid` of raw projections: of heads `(b, l, k, h)`, `angle (b, l, k, r)`, B and C `(b, l, k, g, n)`.
+
+        With a rank B and C are `(b, l, k, g, rank, n)` and x has as many inputs a head.
+        """
         order = options.get("order")
         k = max(dt.shape[2], self.D.shape[0], 1 if order is None else order.shape[-2])
         exact = torch.promote_types(dt.dtype, torch.float32)
@@ -162,17 +61,19 @@ class _Maps(nn.Module):
         rate = -torch.where(rate >= 0, rate + 1, 1 / (1 - rate.clamp(max=0)))
         heads = dt.shape[3]
         B, C = (
-            self._normed(t, weight, bias, heads).expand(-1, -1, k, -1, -1)
+            self._normed(t, weight, bias, heads).expand(-1, -1, k, *bias.shape)
             for t, weight, bias in ((B, self.B_norm, self.B_bias), (C, self.C_norm, self.C_bias))
         )
         D = self.D.expand(k, -1)
         angle = angle.tanh() * math.pi
-        return trapezoid(x, dt, rate.clamp(max=_SLOWEST), trap.sigmoid(), angle, B, C, D, **options)
+        return trapezoid(
+            x, dt, rate.clamp(max=_SLOWEST), trap.sigmoid(), angle, B, C, D, halves=self.rank is not None, **options
+        )
 
     def init_state(self, batch: int, k: int, channels: int) -> Memory:
         """The memory before the first token, of heads of `channels`: float32 at least, and zero."""
-        heads, n = self.B_bias.shape
-        sizes = ((channels, n), (channels,), (n,), (self.pairs,))
+        heads, n, inputs = self.D.shape[1], self.B_norm.shape[0], self.rank or 1
+        sizes = ((channels, n), (inputs, channels), (inputs, n), (self.pairs,))
         exact = torch.promote_types(self.D.dtype, torch.float32)
         return Memory(*(self.D.new_zeros(batch, k, heads, *size, dtype=exact) for size in sizes))
 
@@ -180,7 +81,7 @@ class _Maps(nn.Module):
     def _normed(maps: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
         exact = torch.promote_types(maps.dtype, torch.float32)
         normed = F.rms_norm(maps.to(exact), maps.shape[-1:], weight.to(exact), 1e-5)
-        return (normed.repeat_interleave(heads // maps.shape[-2], -2) + bias.to(exact)).to(maps.dtype)
+        return (normed.repeat_interleave(heads // maps.shape[3], 3) + bias.to(exact)).to(maps.dtype)
 
 
 class TrapezoidSSM(nn.Module):
@@ -270,21 +171,24 @@ class TrapezoidSSM(nn.Module):
 
     def _packed(self, memory: Memory) -> Tensor:
         p = memory.x.shape[-1]
-        rest = torch.cat([memory.B, memory.turns], -1)
+        rest = torch.cat([memory.B[..., 0, :], memory.turns], -1)
         rest = F.pad(rest, (0, -rest.shape[-1] % p)).unflatten(-1, (p, -1))
-        return torch.cat([memory.scan, memory.x[..., None], rest], -1).flatten(2, 3)
+        return torch.cat([memory.scan, memory.x.transpose(-1, -2), rest], -1).flatten(2, 3)
 
     def _unpacked(self, state: Tensor) -> Memory:
         state = state.unflatten(2, (self.heads, -1))
         scan, x, rest = state.split([self.d_state, 1, state.shape[-1] - self.d_state - 1], -1)
         B, turns = rest.flatten(-2)[..., : self.d_state + self.maps.pairs].split([self.d_state, self.maps.pairs], -1)
-        return Memory(scan, x[..., 0], B, turns)
+        return Memory(scan, x.transpose(-1, -2), B.unsqueeze(-2), turns)
 
 
 class Mamba3(nn.Module):
-    """The Mamba-3 mixer, one input and one output per head: no convolution, rates of each token, rotating states.
+    """The Mamba-3 mixer: no convolution, rates of each token, rotating states.
 
-    Directions share all parameters.
+    Directions share all parameters. Heads have one input and one output (SISO), or with `rank` several (MIMO): weights
+    `mimo_x`, `mimo_z` and `mimo_o (h, rank, p)` make the inputs and gates of a head from its channels, and its channels
+    from the gated outputs. MIMO is written from the paper and has the published number of parameters; there are no
+    golden outputs to compare it with.
 
     Args:
         dim: Model width.
@@ -294,13 +198,19 @@ class Mamba3(nn.Module):
         groups: Groups of heads that share B and C before their biases.
         rope_fraction: Part of the states that rotate.
         out_norm: Norm the output of every head before the gate.
+        rank: Inputs and outputs of a head; None is one of each, without weights for it.
         reduce: "sum" or "mean" over directions.
         device: Of the parameters.
         dtype: Of the parameters.
 
     Raises:
-        ValueError: heads that do not divide the inner width, groups that do not divide the heads, or another `reduce`.
+        ValueError: heads that do not divide the inner width, groups that do not divide the heads, a rank below 1 or
+            with an odd number of states, or another `reduce`.
     """
+
+    mimo_x: Tensor
+    mimo_z: Tensor
+    mimo_o: Tensor
 
     def __init__(
         self,
@@ -311,6 +221,7 @@ class Mamba3(nn.Module):
         groups: int = 1,
         rope_fraction: float = 0.5,
         out_norm: bool = False,
+        rank: int | None = None,
         reduce: str = "sum",
         device=None,
         dtype=None,
@@ -323,7 +234,12 @@ class Mamba3(nn.Module):
         self.heads = count_heads(self.inner, head_dim)
         if self.heads % groups:
             raise ValueError(f"groups={groups} does not divide the {self.heads} heads")
-        self.maps = _Maps(self.heads, d_state, rope_fraction, **dd)
+        if rank is not None and (rank < 1 or d_state % 2):
+            raise ValueError(f"rank={rank} must be 1 or more, with an even number of states, not d_state={d_state}")
+        self.maps = _Maps(self.heads, d_state, rope_fraction, rank=rank, **dd)
+        if rank is not None:
+            for name, start in (("mimo_x", 1 / rank), ("mimo_z", 1.0), ("mimo_o", 1 / rank)):
+                self.register_parameter(name, nn.Parameter(torch.full((self.heads, rank, head_dim), start, **dd)))
         self.in_proj = nn.Linear(dim, sum(self._sizes()), bias=False, **dd)
         self.norm = nn.Parameter(torch.ones(self.inner, **dd)) if out_norm else None
         self.out_proj = nn.Linear(self.inner, dim, bias=False, **dd)
@@ -351,18 +267,32 @@ class Mamba3(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """The gate, and what `maps` takes."""
         z, u, B, C, dt, rate, trap, angle = self.in_proj(x).split(self._sizes(), dim=-1)
-        B, C = (t.unflatten(-1, (self.groups, -1))[:, :, None] for t in (B, C))
-        dt, rate, trap, angle = (t[:, :, None] for t in (dt, rate, trap, angle))
-        return z, u.unflatten(-1, (self.heads, -1)), dt, rate, trap, angle, B, C
+        u = u.unflatten(-1, (self.heads, -1))
+        if self.maps.rank is None:
+            B, C = (t.unflatten(-1, (self.groups, -1)) for t in (B, C))
+        else:
+            B, C = (t.unflatten(-1, (self.maps.rank, self.groups, -1)).transpose(-2, -3) for t in (B, C))
+            u = u[..., None, :] * self.mimo_x.to(u.dtype)
+        dt, rate, trap, angle, B, C = (t[:, :, None] for t in (dt, rate, trap, angle, B, C))
+        return z, u, dt, rate, trap, angle, B, C
 
     def _finish(self, y: Tensor, z: Tensor) -> Tensor:
+        """Outputs `(b, l, h, p)`, or `(b, l, h, rank, p)`, normed, gated and projected."""
+        several = self.maps.rank is not None
+        exact = torch.promote_types(y.dtype, torch.float32)
         if self.norm is not None:
-            exact = torch.promote_types(y.dtype, torch.float32)
-            y = F.rms_norm(y.to(exact), y.shape[-1:], None, 1e-5) * self.norm.to(exact).unflatten(0, (self.heads, -1))
-        return self.out_proj((y.flatten(-2) * F.silu(z.to(y.dtype))).to(z.dtype))
+            weight = self.norm.to(exact).unflatten(0, (self.heads, -1))
+            y = F.rms_norm(y.to(exact), y.shape[-1:], None, 1e-5) * (weight[:, None] if several else weight)
+        gate = z.to(y.dtype).unflatten(-1, (self.heads, -1))
+        if several:
+            gate = gate[..., None, :] * self.mimo_z.to(y.dtype)
+        y = y * F.silu(gate)
+        if several:
+            y = (y.to(exact) * self.mimo_o.to(exact)).sum(-2)
+        return self.out_proj(y.flatten(-2).to(z.dtype))
 
     def _sizes(self) -> list[int]:
-        maps = self.groups * self.d_state
+        maps = self.groups * self.d_state * (self.maps.rank or 1)
         return [self.inner, self.inner, maps, maps, self.heads, self.heads, self.heads, self.maps.pairs]
 
 

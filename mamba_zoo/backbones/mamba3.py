@@ -1,4 +1,4 @@
-"""Mamba-3: the plain layer, over one sequence of tokens, one input and one output per head (ICLR 2026).
+"""Mamba-3: the plain layer, over one sequence of tokens (arXiv:2603.15569).
 
 Follows the arithmetic of state-spaces/mamba@e9594ce1c732 mamba_ssm/modules/mamba3.py (Apache-2.0).
 """
@@ -31,8 +31,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         "sequence",
         "state-spaces/mamba@e9594ce1c732 mamba_ssm/modules/mamba3.py",
         "Apache-2.0",
+        "2603.15569",
         params=120_976,
-        notes="One input and one output per head. The form with several (MIMO) is not built.",
+        notes="One input and one output per head; rank=4 has four of each (MIMO), written from the paper.",
     ),
     num_classes=-1,
     input_size=None,

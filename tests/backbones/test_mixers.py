@@ -12,8 +12,9 @@ from torch import Tensor
 import mamba_zoo
 from mamba_zoo._counting import default_input
 from mamba_zoo.backbones._mamba2 import DualSSM, Mamba2
-from mamba_zoo.backbones._mamba3 import Mamba3, TrapezoidSSM, trapezoid
+from mamba_zoo.backbones._mamba3 import Mamba3, TrapezoidSSM
 from mamba_zoo.backbones._ssm import SelectiveSSM
+from mamba_zoo.backbones._trapezoid import trapezoid
 
 from .test_any_scan import IMAGE, VIDEO
 from .test_points import SMALL as POINTS
@@ -106,6 +107,13 @@ def test_errors_say_what_can_be_had():
         mamba_zoo.create_model("mamba2", dim=16, head_dim=3)
 
 
+def test_a_rank_must_fit():
+    with pytest.raises(ValueError, match="rank=0 must be 1 or more"):
+        mamba_zoo.create_model("mamba3", rank=0)
+    with pytest.raises(ValueError, match="even number of states, not d_state=7"):
+        mamba_zoo.create_model("mamba3", rank=2, d_state=7)
+
+
 def test_own_checkpoints_of_another_mixer_load(tmp_path):
     model: Any = mamba_zoo.create_model("vim_mini", mixer="mamba2", depth=1)
     torch.save(model.state_dict(), tmp_path / "own.pth")
@@ -192,10 +200,71 @@ def turned(maps: Tensor, turn: Tensor) -> Tensor:
     return torch.cat([torch.view_as_real(pairs * torch.exp(1j * turn)).flatten(-2), maps[..., 2 * r :]], -1)
 
 
+@pytest.mark.parametrize("case", ["in order", "visited", "empty steps", "packed", "normed"])
+def test_mamba3_with_several_inputs_is_its_recurrence(case):
+    """The whole layer written out in float64: every head adds up its inputs in one state and reads it several times."""
+    h, p, n, rank, r, l = 4, 4, 6, 3, 2, 9
+    layer: Any = Mamba3(8, d_state=n, head_dim=p, groups=2, rope_fraction=0.7, out_norm=case == "normed", rank=rank)
+    layer = layer.double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(1 if case == "packed" else 2, l, 8, dtype=torch.float64)
+    order, cuts = torch.arange(l)[None] if case == "in order" else torch.randperm(l)[None], [0, l]
+    if case == "empty steps":
+        order[:, 3] = -1
+    if case == "packed":
+        cuts = [0, 4, l]
+    sizes = [h * p, h * p, rank * 2 * n, rank * 2 * n, h, h, h, r]
+    z, u, B, C, dt, rate, trap, angle = layer.in_proj(x).split(sizes, -1)
+    maps = []
+    for t, weight, bias in ((B, layer.maps.B_norm, layer.maps.B_bias), (C, layer.maps.C_norm, layer.maps.C_bias)):
+        t = t.unflatten(-1, (rank, 2, n))
+        t = t / (t.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+        maps.append(t.repeat_interleave(h // 2, 3) + bias.transpose(0, 1))  # (b, l, rank, h, n)
+    dt, trap = F.softplus(dt + layer.maps.dt_bias[0]), torch.sigmoid(trap)
+    rate = -torch.where(rate >= 0, rate + 1, 1 / (1 - rate)).clamp(min=1e-4)
+    inputs = torch.einsum("blhp,hsp->blshp", u.unflatten(-1, (h, p)), layer.mimo_x)
+    gates = F.silu(torch.einsum("blhp,hsp->blshp", z.unflatten(-1, (h, p)), layer.mimo_z))
+    wanted = torch.zeros(len(x), l, h * p, dtype=torch.float64)
+    for low, high in itertools.pairwise(cuts):
+        state, old = (torch.zeros(len(x), h, p, n, dtype=torch.float64) for _ in range(2))
+        turn = torch.zeros(len(x), h, r, dtype=torch.float64)
+        for i in [i for i in order[0].tolist() if i < high and (i < 0 or i >= low)]:
+            if i < 0:
+                old = torch.zeros_like(old)
+                continue
+            turn = turn + dt[:, i, :, None] * torch.pi * torch.tanh(angle[:, i])[:, None]
+            key, query = (turned_by_halves(t[:, i], turn[:, None]) for t in maps)
+            new = torch.einsum("bshp,bshn->bhpn", inputs[:, i], key)
+            decay = torch.exp(rate[:, i] * dt[:, i])[..., None, None]
+            part = ((1 - trap[:, i]) * dt[:, i])[..., None, None]
+            state = decay * (state + part * old) + (trap[:, i] * dt[:, i])[..., None, None] * new
+            old = new
+            y = torch.einsum("bhpn,bshn->bshp", state, query) + layer.maps.D[0][:, None] * inputs[:, i]
+            if case == "normed":
+                y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.norm.unflatten(0, (h, p))
+            wanted[:, i] = torch.einsum("bshp,hsp->bhp", y * gates[:, i], layer.mimo_o).flatten(1)
+    y = layer(
+        x, order=None if case == "in order" else order, cu_seqlens=torch.tensor(cuts) if case == "packed" else None
+    )
+    torch.testing.assert_close(y, wanted @ layer.out_proj.weight.T, rtol=1e-9, atol=1e-9)
+
+
+def turned_by_halves(maps: Tensor, turn: Tensor) -> Tensor:
+    """States i and i + n / 2 as complex numbers, the first of them multiplied by e^(i turn)."""
+    first, second = maps.chunk(2, -1)
+    pairs = torch.complex(first, second)
+    r = turn.shape[-1]
+    pairs = torch.cat([pairs[..., :r] * torch.exp(1j * turn), pairs[..., r:]], -1)
+    return torch.cat([pairs.real, pairs.imag], -1)
+
+
 STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("mamba2", {"dim": 16, "head_dim": 8, "d_state": 8}),
     "mamba3": ("mamba3", {"dim": 16, "head_dim": 8, "d_state": 8, "groups": 2}),
     "mamba3 normed": ("mamba3", {"dim": 16, "head_dim": 8, "d_state": 6, "rope_fraction": 1.0, "out_norm": True}),
+    "mamba3 of rank 2": ("mamba3", {"dim": 16, "head_dim": 8, "d_state": 6, "rank": 2}),
     "sequence of mamba2": ("mamba_sequence", {"dim": 16, "depth": 2, "mixer": "mamba2"}),
     "sequence of mamba3": ("mamba_sequence", {"dim": 16, "depth": 2, "mixer": "mamba3"}),
     "mamba": ("mamba_130m", {"dim": 16, "depth": 2, "vocab_size": 30, "d_state": 8}),
@@ -247,6 +316,7 @@ def test_a_mamba3_stream_is_exact_and_differentiates():
     [
         ("mamba2_130m", {}, 128_989_632),
         ("mamba2", {"dim": 128, "head_dim": 32, "d_state": 64, **OPTIONS}, 136_088),
+        ("mamba3", {"dim": 128, "head_dim": 32, "d_state": 64, "rank": 4}, 176_272),
     ],
 )  # fmt: skip
 def test_parameters_are_as_many_as_published(name, arguments, params):
