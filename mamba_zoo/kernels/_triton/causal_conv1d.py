@@ -17,60 +17,66 @@ from ._launch import common_width, contiguous, launch, needs_wide_offsets, store
 
 _STEPS = 16  # of a tile
 _RUN = 8  # tiles of a program that sums gradients of weights
+_layouts: dict[tuple, _Layout] = {}
 
 
 def forward(s: ConvArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
     """`(y, final state if wanted)`; see `ConvArgs` for the shapes."""
-    c = _Call(s, with_unit_stride(s.x))
-    y = c.new_rows()
+    x = with_unit_stride(s.x)
+    c = _layout(s, x)
+    weight, bias, initial = _parameters(s)
+    y = (x.new_empty if s.complete else x.new_zeros)(c.rows_shape, dtype=stored_dtype(x))
     final = s.new_state() if want_final else None
     launch(
-        conv_forward, c.programs(c.tiles), s.x,
-        c.x, c.weight, c.bias, s.order, s.offsets, c.row_of, c.initial, y, *c.sizes(c.tiles), *c.strides_of(c.x),
-        SILU=s.silu, W=s.w, T=_STEPS, BD=c.channels, V=c.width, WIDE=c.wide,
+        conv_forward, c.programs(c.tiles), x,
+        x, weight, bias, s.order, s.offsets, _row_of(s), initial, y, *c.sizes(c.tiles), *c.x_strides,
+        SILU=s.silu, W=c.w, T=_STEPS, BD=c.channels, V=c.width, WIDE=c.wide,
     )  # fmt: skip
-    if final is not None and s.w > 1:
+    if final is not None and c.w > 1:
         launch(
-            conv_final_state, s.states * s.k * c.blocks, s.x,
-            c.x, s.order, s.offsets, c.initial, final, *c.state_sizes(), *strides(c.x),
-            W=s.w, BD=c.channels, WIDE=c.wide,
+            conv_final_state, c.states * c.k * c.blocks, x,
+            x, s.order, s.offsets, initial, final, *c.state_sizes, *strides(x), W=c.w, BD=c.channels, WIDE=c.wide,
         )  # fmt: skip
-    return y if y.dtype == s.x.dtype else y.to(s.x.dtype), final
+    return y if y.dtype == x.dtype else y.to(x.dtype), final
 
 
 def backward(s: ConvArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
     """Gradients of all inputs that are given, by their names."""
-    dy = with_unit_stride(dy)
-    c = _Call(s, with_unit_stride(s.x), dy)
-    dfinal = None if dfinal is None or s.w == 1 else dfinal.contiguous()
+    x, dy = with_unit_stride(s.x), with_unit_stride(dy)
+    c = _layout(s, x, dy)
+    weight, bias, initial = _parameters(s)
+    row_of = _row_of(s)
+    dfinal = None if c.w == 1 else contiguous(dfinal)
     runs = max(1, -(-c.tiles // _RUN))
-    dx = c.new_rows()
-    g = c.new_rows() if s.silu else dy
-    dweight = s.weight.new_empty((s.b * runs, s.k, s.w, s.d))
-    dbias = None if s.bias is None else s.weight.new_empty((s.b * runs, s.k, s.d))
+    new_rows, stored = x.new_empty if s.complete else x.new_zeros, stored_dtype(x)
+    dx = new_rows(c.dx_shape, dtype=stored)
+    g = new_rows(c.rows_shape, dtype=stored) if s.silu else dy
+    g_strides = c.rows_strides if s.silu else c.dy_strides
+    dweight = weight.new_empty((c.b * runs, c.k, c.w, c.d))
+    dbias = None if bias is None else weight.new_empty((c.b * runs, c.k, c.d))
     dinitial = (
         None if s.initial_state is None else torch.empty_like(s.initial_state, memory_format=torch.contiguous_format)
     )
-    fixed = {"W": s.w, "BD": c.channels, "WIDE": c.wide}
+    fixed = {"W": c.w, "BD": c.channels, "WIDE": c.wide}
     launch(
-        conv_backward_weight, c.programs(runs), s.x,
-        c.x, c.weight, c.bias, s.order, s.offsets, c.row_of, c.initial, dy, g, dweight, dbias, *c.sizes(runs),
-        *c.strides_of(c.x), *c.strides_of(dy), _RUN, SILU=s.silu, T=_STEPS, V=c.width, **fixed,
+        conv_backward_weight, c.programs(runs), x,
+        x, weight, bias, s.order, s.offsets, row_of, initial, dy, g, dweight, dbias, *c.sizes(runs),
+        *c.x_strides, *c.dy_strides, _RUN, SILU=s.silu, T=_STEPS, V=c.width, **fixed,
     )  # fmt: skip
     launch(
-        conv_backward_x, c.programs(c.tiles), s.x,
-        g, c.weight, s.order, s.offsets, c.row_of, dfinal, dx, *c.sizes(c.tiles), *c.strides_of(g),
+        conv_backward_x, c.programs(c.tiles), x,
+        g, weight, s.order, s.offsets, row_of, dfinal, dx, *c.sizes(c.tiles), *g_strides,
         T=_STEPS, V=c.width, **fixed,
     )  # fmt: skip
-    if dinitial is not None and s.w > 1:
+    if dinitial is not None and c.w > 1:
         launch(
-            conv_backward_state, s.states * s.k * c.blocks, s.x,
-            g, c.weight, s.order, s.offsets, dfinal, dinitial, *c.state_sizes(), *strides(g), **fixed,
+            conv_backward_state, c.states * c.k * c.blocks, x,
+            g, weight, s.order, s.offsets, dfinal, dinitial, *c.state_sizes, *strides(g), **fixed,
         )  # fmt: skip
-    if s.x.dim() == 3:
-        dx = dx[:, :, 0] if s.k == 1 else dx.sum(2)
+    if dx.dim() > s.x.dim():
+        dx = dx.sum(2)
     grads = {
-        "x": dx if dx.dtype == s.x.dtype else dx.to(s.x.dtype),
+        "x": dx if dx.dtype == x.dtype else dx.to(x.dtype),
         "weight": dweight.sum(0).transpose(1, 2).contiguous(),
     }
     if dbias is not None:
@@ -80,42 +86,60 @@ def backward(s: ConvArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor
     return grads
 
 
-class _Call:
-    """The arguments as the kernels read them, and the sizes that every launch needs."""
+class _Layout:
+    """What shapes, strides and alignment decide, worked out once for all calls that share them."""
 
-    def __init__(self, s: ConvArgs, x: Tensor, dy: Tensor | None = None):
-        self.s, self.x = s, x
-        self.weight, self.bias = contiguous(s.weight), contiguous(s.bias)
-        self.initial = None if s.w == 1 else contiguous(s.initial_state)
-        self.width = common_width([x, dy], s.d)
-        self.wide = s.l * s.k * s.d >= 2**31 or needs_wide_offsets(x, dy)
-        self.channels = min(64, max(8, 1 << (s.d - 1).bit_length()))
-        self.blocks = -(-s.d // self.channels)
+    def __init__(self, s: ConvArgs, x: Tensor, dy: Tensor | None):
+        self.b, l, self.k, self.d = self.rows_shape = (s.b, s.l, s.k, s.d)
+        self.w, self.states = s.w, s.states
+        self.dx_shape = (
+            tuple(x.shape) if self.k == 1 else self.rows_shape
+        )  # a part per direction, summed if x is shared
+        self.width = width = common_width([x, dy], self.d)
+        self.wide = l * self.k * self.d >= 2**31 or needs_wide_offsets(x, dy)
+        self.channels = min(64, max(8, 1 << (self.d - 1).bit_length()))
+        self.blocks = -(-self.d // self.channels)
         self.tiles = -(-s.m // _STEPS)
-        self.row_of = None
-        if s.offsets is not None:
-            step = torch.arange(s.m, dtype=torch.int32, device=x.device).expand(s.k, -1).contiguous()
-            self.row_of = torch.searchsorted(s.offsets[:, 1:].contiguous(), step, right=True, out_int32=True)
-            self.row_of.clamp_(max=s.states - 1)
-        per_sample = s.order.shape[0] > 1
-        self.order_strides = (s.order.stride(0) if per_sample else 0, s.order.stride(1))
-
-    def new_rows(self) -> Tensor:
-        """`(b, l, k, d)`, zero under tokens that are not visited."""
-        s = self.s
-        make = s.x.new_empty if s.complete else s.x.new_zeros
-        return make((s.b, s.l, s.k, s.d), dtype=stored_dtype(s.x))
+        self.x_strides = strides(x, width)
+        self.dy_strides = (0, 0, 0) if dy is None else strides(dy, width)
+        row = self.k * self.d // width
+        self.rows_strides = (l * row, row, self.d // width)
+        order = (s.order.stride(0) if s.order.shape[0] > 1 else 0, s.order.stride(1))
+        self.state_sizes = (s.m, self.k, self.d, self.blocks, self.states, *order)
+        self._sizes = (l, s.m, self.k, self.d, self.blocks), (self.states, *order)
 
     def programs(self, tiles: int) -> int:
-        return self.s.b * self.s.k * tiles * self.blocks
+        return self.b * self.k * tiles * self.blocks
 
     def sizes(self, tiles: int) -> tuple[int, ...]:
-        s = self.s
-        return s.l, s.m, s.k, s.d, self.blocks, tiles, s.states, *self.order_strides
+        before, after = self._sizes
+        return *before, tiles, *after
 
-    def state_sizes(self) -> tuple[int, ...]:
-        s = self.s
-        return s.m, s.k, s.d, self.blocks, s.states, *self.order_strides
 
-    def strides_of(self, x: Tensor) -> tuple[int, int, int]:
-        return strides(x, self.width)
+def _layout(s: ConvArgs, x: Tensor, dy: Tensor | None = None) -> _Layout:
+    """The layout of a call; working it out takes 10 us, finding it one."""
+    key = (
+        x.shape, x.stride(), x.dtype, s.weight.shape, s.order.shape, s.order.stride(),
+        None if s.offsets is None else s.offsets.shape, None if dy is None else dy.stride(),
+        (x.data_ptr() | (0 if dy is None else dy.data_ptr())) & 15,
+    )  # fmt: skip
+    found = _layouts.get(key)
+    if found is None:
+        if len(_layouts) > 4096:  # variable lengths
+            _layouts.clear()
+        found = _layouts[key] = _Layout(s, x, dy)
+    return found
+
+
+def _parameters(s: ConvArgs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, bias and the state before the first step, as the kernels read them."""
+    return contiguous(s.weight), contiguous(s.bias), None if s.w == 1 else contiguous(s.initial_state)
+
+
+def _row_of(s: ConvArgs) -> Tensor | None:
+    """The packed sequence that each step belongs to."""
+    if s.offsets is None:
+        return None
+    step = torch.arange(s.m, dtype=torch.int32, device=s.x.device).expand(s.k, -1).contiguous()
+    row = torch.searchsorted(s.offsets[:, 1:].contiguous(), step, right=True, out_int32=True)
+    return row.clamp_(max=s.states - 1)
