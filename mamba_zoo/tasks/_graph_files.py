@@ -27,7 +27,7 @@ def read_graphs(root: str, download_dir: str) -> list[Any]:
 
     Raises:
         ValueError: an unknown source or data set.
-        FileNotFoundError: no such folder, or files missing in it.
+        FileNotFoundError: no such folder, files missing in it, or a data set that cannot be downloaded.
         ImportError: PyG is not installed, or for molecules RDKit.
     """
     from ..backbones import _pyg  # noqa: F401 - says how to install PyG
@@ -160,7 +160,15 @@ def _of_library(kind: str, name: str, download_dir: str) -> list[Any]:
         if folder.is_dir() and not (folder / "processed").is_dir() and not os.access(folder, os.W_OK):
             shutil.copytree(folder / "raw", Path(scratch) / folder.name / "raw")  # PyG writes beside the raw files
             root = Path(scratch)
-        dataset = makers[kind](str(root))
+        try:
+            dataset = makers[kind](str(root))
+        except AssertionError:
+            raise ValueError(f"{kind}:{name} is no data set of PyG's {kind}; check the name") from None
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{kind}:{name} is not in {folder}, and cannot be downloaded ({error}); check the name, or put its "
+                f"files into {folder / 'raw'}"
+            ) from error
         found = [dataset[i] for i in range(len(dataset))]
     for data in found:
         if data.x is None:

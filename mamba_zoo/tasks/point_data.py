@@ -153,6 +153,11 @@ class PointData(TaskData):
         return self._with_validation(found)
 
     def _folder(self, root: Path) -> dict[str, Clouds]:
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"no folder {root}; root is 'digits', 'solids', a .npz file, or a folder with a folder of clouds for "
+                "each class"
+            )
         folders = split_folders(root)
         if not folders:
             paths, targets, self._classes = class_folders(root)

@@ -76,13 +76,22 @@ def test_tables_that_make_no_graph_are_refused(folder, file, text, match):
         read_folder(folder)
 
 
-def test_sources_that_do_not_exist_are_refused(tmp_path):
+def test_sources_that_do_not_exist_are_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="planetoid:Cora"):
         read_graphs("nowhere", "data")
     with pytest.raises(FileNotFoundError, match=r"nodes\.csv"):
         read_graphs(str(tmp_path), "data")
     with pytest.raises(ValueError, match="fold=3"):
         GraphData(folds=3, fold=3)
+
+    def offline(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torch_geometric.datasets.Planetoid", offline)
+    with pytest.raises(FileNotFoundError, match=r"planetoid:Cora is not in .*Cora, and cannot be downloaded"):
+        read_graphs("planetoid:Cora", str(tmp_path))
+    with pytest.raises(ValueError, match="moleculenet:Water is no data set"):
+        read_graphs("moleculenet:Water", str(tmp_path))
 
 
 def test_digits_are_graphs_of_their_ink():

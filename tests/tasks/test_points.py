@@ -336,6 +336,8 @@ def test_wrong_settings_end_at_once():
         PointPretrainer("pointmamba_mini")
     with pytest.raises(ValueError, match="num_points=0"):
         PointClassifier(num_points=0)
+    with pytest.raises(FileNotFoundError, match="no folder nowhere; root is 'digits', 'solids'"):
+        PointData("nowhere").setup()
     assert {"point-classification", "part-segmentation", "point-pretraining"} <= set(TASKS)
 
 
