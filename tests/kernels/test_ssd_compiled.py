@@ -1,4 +1,4 @@
-"""The kernels of the state-space dual as compiled for an H100, without one: no operand is read beyond its tile.
+"""The kernels of the state-space dual as compiled for an H100, without one: registers, and operands within their tiles.
 
 With more warps than the rows of a product keep busy, Triton 3.6 lets those that are over read operands of float32 from
 shared memory past their tile; on an H100 that ended in wrong results or illegal memory accesses.
@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import torch
 
+from .compiled import compile_kernel, stack_bytes
 from .problems import INTERPRETED
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-UNUSED = {"first_chunk", "initial", "ends", "totals", "final", "ddecay"}
-TOKENS = {"x", "B", "C", "values", "maps", "y", "dy", "dx", "dB", "dC", "ddt"}
+OPTIONAL = ("first_chunk", "initial", "ends", "totals", "final", "ddecay")
 
 
-def compiled(kernel: str, n: int, p: int, dtype: torch.dtype, warps: int | None = None) -> str:
-    """The intermediate code of a kernel for sm_90, launched as for `n` states and `p` channels a head."""
+def compiled(
+    kernel: str, n: int, p: int, dtype: torch.dtype, warps: int | None = None, packed: bool = False, wide: bool = False
+) -> Any:
+    """A kernel for sm_90, launched as for `n` states and `p` channels a head."""
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from mamba_zoo.kernels._triton import _ssd_backward, _ssd_forward
     from mamba_zoo.kernels._triton.ssd import launch_shape, precision
@@ -36,24 +36,16 @@ def compiled(kernel: str, n: int, p: int, dtype: torch.dtype, warps: int | None 
         "heads": _ssd_backward.ssd_backward_heads, "maps": _ssd_backward.ssd_backward_maps,
     }[kernel]  # fmt: skip
     shape, block = launch_shape(kernel, n, p, dtype)
-    product = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
-    known: dict[str, Any] = {
-        "REVERSE": False, "N": n, "NP": max(16, triton.next_power_of_2(n)), "P": p, "PB": block, "Q": 64, "V": 4,
-        "VN": 2, "WIDE": False, "DTYPE": product, "PRECISION": precision(dtype), **dict.fromkeys(UNUSED),
+    width = 8 if n % 8 == 0 and p % 8 == 0 else 2
+    constants: dict[str, Any] = {
+        "N": n, "NP": max(16, triton.next_power_of_2(n)), "P": p, "PB": block, "Q": 64, "V": width, "VN": width,
+        "WIDE": wide, "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, "PRECISION": precision(dtype),
     }  # fmt: skip
-    signature, constants = {}, {}
-    for i, (name, parameter) in enumerate(zip(function.arg_names, function.params, strict=True)):
-        if name in known:
-            signature[name], constants[(i,)] = "constexpr", known[name]
-        elif parameter.do_not_specialize:
-            signature[name] = "i32"
-        elif name in ("states", "ahead"):
-            signature[name] = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-        else:
-            signature[name] = f"*{NAMES[dtype]}" if name in TOKENS else "*i32" if name == "order" else "*fp32"
+    if kernel == "states":
+        constants["REVERSE"] = True
+    absent = () if packed else tuple(name for name in OPTIONAL if name in function.arg_names)
     options = shape.options() | ({} if warps is None else {"num_warps": warps})
-    source = ASTSource(function, signature, constants, {})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+    return compile_kernel(function, constants, 90, absent, NAMES[dtype], **options)
 
 
 def read_beyond(code: str) -> list[str]:
@@ -75,8 +67,16 @@ def read_beyond(code: str) -> list[str]:
     ids=str,
 )
 def test_no_operand_is_read_beyond_its_tile(kernel, n, p, dtype):
-    assert read_beyond(compiled(kernel, n, p, dtype)) == []
+    assert read_beyond(compiled(kernel, n, p, dtype).asm["ttgir"]) == []
 
 
 def test_what_failed_on_a_gpu_is_found():
-    assert read_beyond(compiled("forward", 16, 16, torch.float32, warps=8))
+    assert read_beyond(compiled("forward", 16, 16, torch.float32, warps=8).asm["ttgir"])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_little_is_spilled(packed):
+    """With 128 states and 64 channels a head, of bfloat16 tokens; see the table in `_triton/ssd.py`."""
+    for kernel, limit in (("forward", 448), ("states", 0), ("heads", 64), ("maps", 64)):
+        found = stack_bytes(compiled(kernel, 128, 64, torch.bfloat16, packed=packed, wide=packed))
+        assert found <= limit, (kernel, found)

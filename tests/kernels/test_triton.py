@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from .compiled import compile_kernel, stack_bytes
 from .problems import INTERPRETED, assert_agrees, make_problem, random_order, solve
 from .test_causal_conv1d import check as check_convolution
 from .test_causal_conv1d import random_order as random_visits
@@ -144,42 +145,6 @@ else:
         assert run.returncode == 0, run.stdout[-3000:]
         assert f"{len(SCANS) + len(CONVOLUTIONS) + len(DUALS) + 3} passed" in run.stdout, run.stdout[-500:]
 
-    def stack_bytes(
-        kernel: Any, constants: dict[str, Any], arch: int, warps: int = 1, absent: tuple[str, ...] = (), **options: int
-    ) -> int:
-        """Compile for `arch` with bfloat16 tokens; return the bytes that every lane keeps in local memory."""
-        import re
-        import tempfile
-
-        import triton
-        from triton import knobs
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        tokens = {"u", "dt", "B", "C", "z", "y", "dy", "du", "ddt", "dz", "x", "g", "dx"}
-        tokens |= {"values", "maps", "states", "ahead", "grad_of_maps"}
-        tables = {"order", "offsets", "row_of", "first_chunk"}
-        constants = {**constants, **dict.fromkeys(absent)}
-        types = {}
-        for parameter in kernel.params:
-            name = parameter.name
-            if name in constants:
-                types[name] = "constexpr"
-            elif parameter.do_not_specialize:
-                types[name] = "fp32" if name == "scale" else "i32"
-            else:
-                types[name] = "*bf16" if name in tokens else "*i32" if name in tables else "*fp32"
-        place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-        aligned = {place[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")}
-        source = ASTSource(kernel, types, {place[name]: value for name, value in constants.items()}, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, **options})
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            tool = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-        return int(re.findall(r"STACK:(\d+)", usage)[0])
-
     @pytest.mark.parametrize(("n", "arch"), [(1, 90), (16, 80), (16, 90)])
     def test_scan_keeps_its_states_in_registers(n, arch):
         from mamba_zoo.kernels._triton import selective_scan as host
@@ -194,7 +159,8 @@ else:
             (scan_backward, host.BACKWARD[n], {"ATOMIC": True}, ("dfinal", "dinitial")),
         ):
             constants = {**common, "R": shape.groups, "DL": shape.lanes, "T": shape.steps, **more}
-            assert stack_bytes(kernel, constants, arch, shape.warps, absent + unused) <= 8, kernel
+            compiled = compile_kernel(kernel, constants, arch, absent + unused, num_warps=shape.warps)
+            assert stack_bytes(compiled) <= 8, kernel
 
     def test_convolution_compiles():
         from mamba_zoo.kernels._triton import _conv_kernels as kernels
@@ -210,29 +176,4 @@ else:
             (kernels.conv_final_state, state, packed),
             (kernels.conv_backward_state, state, packed),
         ):
-            assert stack_bytes(kernel, constants, 90, 4, absent) == 0, kernel
-
-    @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-    def test_dual_spills_little(packed):
-        """With 128 states and 64 channels a head, of bfloat16 tokens; see the table in `_triton/ssd.py`."""
-        import triton.language as tl
-
-        from mamba_zoo.kernels._triton import _ssd_backward as backward
-        from mamba_zoo.kernels._triton import _ssd_forward as forward
-        from mamba_zoo.kernels._triton import ssd as host
-
-        common = {"SOFTPLUS": True, "N": 128, "NP": 128, "P": 64, "Q": 64, "V": 8, "VN": 8, "WIDE": packed}
-        common |= {"DTYPE": tl.bfloat16, "PRECISION": "tf32x3"}
-        plain = () if packed else ("first_chunk", "decay", "ddecay", "initial", "final", "ends", "totals")
-        for name, kernel, more, limit in (
-            ("forward", forward.ssd_forward, {}, 320),
-            ("states", forward.ssd_states, {"REVERSE": True}, 0),
-            ("heads", backward.ssd_backward_heads, {}, 64),
-            ("maps", backward.ssd_backward_maps, {"REVERSE": False}, 192),
-            ("maps", backward.ssd_backward_maps, {"REVERSE": True}, 192),
-        ):
-            shape, channels = host.launch_shape(name, 128, 64, torch.bfloat16)
-            absent = tuple(p.name for p in kernel.params if p.name in plain)
-            constants = {**common, "PB": channels, **more}
-            options = {key: value for key, value in shape.options().items() if key != "num_warps"}
-            assert stack_bytes(kernel, constants, 90, shape.warps, absent, **options) <= limit, (name, more)
+            assert stack_bytes(compile_kernel(kernel, constants, 90, absent, num_warps=4)) == 0, kernel
