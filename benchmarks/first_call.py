@@ -51,7 +51,8 @@ def measure(name: str) -> dict[str, float]:
     found = {"import": seconds(lambda: __import__("mamba_zoo"), device)}
     name, _, mixer = name.partition(":")
     start = time.perf_counter()
-    model: Any = timm.create_model(name, **({"mixer": mixer} if mixer else {})).to(device)
+    arguments: dict[str, Any] = {"mixer": mixer} if mixer else {}
+    model: Any = timm.create_model(name, **arguments).to(device)
     found["create"] = time.perf_counter() - start
     x = torch.randn(2, 3, 224, 224, device=device)
 
