@@ -44,6 +44,7 @@ class SeriesTask(Task):
     """
 
     unit = "windows"
+    orders = ("forward", "reversed", "bidirectional")
     grid: ClassVar[tuple[int, ...] | None] = None
 
     def __init__(

@@ -38,6 +38,7 @@ class Task(LightningModule):
         percent: Whether it is shown in percent.
         curves: Logged scores that are drawn over the epochs, beside the losses; empty draws `monitor`.
         metric_names: What tables call the metrics, by their name without "val/" or "test/".
+        orders: Scan orders that `mamba-zoo compare` takes if none are named.
         compared: Arguments of the task that `mamba-zoo compare` takes if no model is named.
         grid: Grid of tokens on which `mamba-zoo compare` describes scan orders; None where orders follow from the data.
 
@@ -67,6 +68,7 @@ class Task(LightningModule):
     percent: ClassVar[bool] = False
     curves: ClassVar[tuple[str, ...]] = ()
     metric_names: ClassVar[Mapping[str, str]] = {}
+    orders: ClassVar[tuple[str, ...]] = ("cross", "hilbert", "snake")
     compared: ClassVar[Mapping[str, Any]] = {}
     grid: ClassVar[tuple[int, ...] | None] = (14, 14)
 

@@ -69,6 +69,7 @@ class AudioClassifier(Classifier):
     """
 
     unit = "recordings"
+    orders = ("time_first", "frequency_first", "hilbert")
     # A patch of aum_mini spans all bands, so that orders of time and of frequency would be the same.
     compared: ClassVar[Mapping[str, Any]] = {"options": {"patch_size": [8, 4]}}
     grid: ClassVar[tuple[int, ...] | None] = (8, 12)

@@ -273,7 +273,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--model", help="a model that takes a scan (default: the task's, for images vmamba_mini)")
     parser.add_argument("--data", help="as --data.root of mamba-zoo fit (default: the task's, for images digits)")
-    parser.add_argument("--scans", default="cross,hilbert,snake", help="names or specs, separated by commas")
+    parser.add_argument(
+        "--scans",
+        help="names or specs, separated by commas (default: the task's, for images cross,hilbert,snake)",
+    )
     parser.add_argument("--seeds", default="3", help="how many, or a list such as 0,1,5 (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="budget of every run (default: the recipe's, or 20)")
     parser.add_argument("--out", default="runs/compare", help="folder of the comparison (default: %(default)s)")
@@ -322,7 +325,7 @@ def main(arguments: Sequence[str]) -> int:
         comparison = orders(
             args.model or model,
             args.data or root,
-            split_specs(args.scans),
+            split_specs(args.scans) if args.scans else find_task(args.task).model_class.orders,
             _seeds(args.seeds),
             args.epochs or epochs,
             args.out,

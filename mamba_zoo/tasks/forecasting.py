@@ -59,6 +59,7 @@ class Forecaster(SeriesTask):
 
     monitor, monitor_mode = "val/mse", "min"
     score_name = "MSE"
+    orders = ("forward", "correlation", "bidirectional")
     curves: ClassVar[tuple[str, ...]] = ("val/mse", "val/mae")
     metric_names: ClassVar[Mapping[str, str]] = {
         "mse": "mean squared error",

@@ -47,6 +47,7 @@ class SeriesClassifier(Classifier):
     """
 
     unit = "series"
+    orders = ("forward", "reversed", "bidirectional")
     grid: ClassVar[tuple[int, ...] | None] = None
 
     def __init__(

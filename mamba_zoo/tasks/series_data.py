@@ -102,7 +102,7 @@ class SeriesData(TaskData):
         self,
         root: str = "eeg",
         seq_len: int = 96,
-        pred_len: int = 96,
+        pred_len: int = 24,
         columns: list[str] | None = None,
         split: str = "auto",
         missing: Literal["error", "previous"] = "error",

@@ -66,6 +66,7 @@ class SpeechTask(Task):
         "pesq": "PESQ",
         "loss": "negative SNR, dB",
     }
+    orders = ("bidirectional", "raster", "reverse(raster)")
     grid: ClassVar[tuple[int, ...] | None] = (64,)
     endings: ClassVar[tuple[str, ...]] = ()
 
