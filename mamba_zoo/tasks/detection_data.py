@@ -69,9 +69,9 @@ class DetectionData(TaskData):
     Args:
         root: "digits", pictures of several handwritten digits on canvases of 64x64 pixels, made from scikit-learn's; or
             a folder with annotations in COCO's format. It holds `train/`, `val/` and, if there is one, `test/`, each
-            with images and `annotations.json`; or `annotations/instances_train*.json` with images in `train*/` and
-            likewise for `val`, as COCO itself (`images/train*/` will do too); or one `annotations.json` with images beside it or in `images/`, split
-            automatically.
+            with images and `annotations.json`; or `annotations/instances_train*.json` with images in `train*/` or
+            `images/train*/` and likewise for `val`, as COCO itself; or one `annotations.json` with images beside it or
+            in `images/`, split automatically.
         batch_size: Images a step and device.
         num_workers: Processes that read images; 0 reads them in the training process.
         val_fraction: Part of the images set apart for validation, and as much again for the test, where the folder
