@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "spectrogram_cnn": {"options": {"dim": 24}, "drop_path_rate": None},
     "spectrogram_transformer": {},
 }
+MACHINE = "machine.json"  # where a run was trained, which need not be where the tables are written
 RUNS_CSV, SUMMARY_CSV = "fsdd_runs.csv", "fsdd_summary.csv"
 
 
@@ -84,6 +85,9 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     )
     for path in (args.runs / run.name).glob("*.ckpt"):
         path.unlink()
+    trained_on = args.runs / run.name / MACHINE
+    if not trained_on.exists():
+        trained_on.write_text(json.dumps(_versions()))
     sys.stdout.write(f"{run.name}: {result['accuracy']:.4f} in {result['seconds']:.0f} s\n")
     sys.stdout.flush()
     return result
@@ -94,7 +98,7 @@ def write_tables(args: argparse.Namespace) -> None:
     rows = []
     for path in sorted(args.runs.glob("*/metrics.json")):
         result = json.loads(path.read_text())
-        settings = result["settings"]
+        settings, trained_on = result["settings"], path.with_name(MACHINE)
         rows.append(
             {
                 "model": settings["name"],
@@ -104,7 +108,7 @@ def write_tables(args: argparse.Namespace) -> None:
                 "epochs": settings["max_epochs"],
                 "parameters": result["parameters"],
                 "seconds": round(result["seconds"], 1),
-                **_versions(),
+                **(json.loads(trained_on.read_text()) if trained_on.exists() else dict.fromkeys(_versions(), "")),
             }
         )
     if not rows:
