@@ -59,9 +59,9 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         "absolute-slow": {"loss": "mae", "ema_decay": 0.95, "lr": 3e-4},
     },
 }
-# `--choose` was not run yet. "dropout" was first chosen at 96 steps, with test errors of one seed in view. Its validation
-# errors are below those of "published" at every horizon: 0.6735, 0.9824, 1.2574 and 1.5466 (3 seeds) against 0.6786
-# (2 seeds), 0.9831, 1.2881 and 1.5826 (3 seeds).
+# `--choose` was not run yet. "dropout" was first chosen at 96 steps, with test errors of one seed in view. Its
+# validation errors are below those of "published" at every horizon: 0.6735, 0.9824, 1.2574 and 1.5466 (3 seeds) against
+# 0.6786 (2 seeds), 0.9831, 1.2881 and 1.5826 (3 seeds).
 CHOSEN = {
     "s_mamba": {96: "dropout", 192: "dropout", 336: "dropout", 720: "dropout"},
     "timemachine": {96: "published", 192: "published", 336: "published", 720: "published"},
