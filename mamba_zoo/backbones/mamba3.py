@@ -33,7 +33,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         "Apache-2.0",
         "2603.15569",
         params=120_976,
-        notes="One input and one output per head; rank=4 has four of each (MIMO), written from the paper.",
+        notes="One input and one output per head; rank=4 has four of each (MIMO), compared with no published output.",
     ),
     num_classes=-1,
     input_size=None,
