@@ -187,8 +187,8 @@ class Mamba3(nn.Module):
 
     Directions share all parameters. Heads have one input and one output (SISO), or with `rank` several (MIMO): weights
     `mimo_x`, `mimo_z` and `mimo_o (h, rank, p)` make the inputs and gates of a head from its channels, and its channels
-    from the gated outputs. MIMO follows the paper's idea and has the published number of parameters, but was compared with
-    no published output: layout of `B` and `C`, skip, gate and norm of the ranks may differ from the authors'.
+    from the gated outputs. MIMO follows the paper's idea and has the published number of parameters, but was compared
+    with no published output: layout of `B` and `C`, skip, gate and norm of the ranks may differ from the authors'.
 
     Args:
         dim: Model width.
