@@ -93,7 +93,8 @@ class TaskData(LightningDataModule):
             stage: Not read; all parts are set up together.
         """
         if self._splits is None:
-            self._splits = self.parts()
+            with torch.inference_mode(False):  # a test may come first, and training must be able to use its tensors
+                self._splits = self.parts()
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled by seed and epoch; the last batch is dropped unless it is the only one."""

@@ -367,7 +367,8 @@ class NodeData(GraphSource):
         """The graph is moved once, and stays there."""
         data, nodes = batch
         if self._here[0] is not data or self._here[1].edge_index.device != device:
-            self._here = (data, data.clone().to(device))
+            with torch.inference_mode(False):  # a test may come first, and training must be able to use its copy
+                self._here = (data, data.clone().to(device))
         return self._here[1], nodes.to(device)
 
     def _nodes(self, data: Any) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from mamba_zoo.tasks.graph import GraphClassifier
 from mamba_zoo.tasks.graph_data import EdgeData, GraphData, NodeData, TargetData, normalized
 from mamba_zoo.tasks.graph_targets import EdgeTargetData, NodeTargetData
 from mamba_zoo.tasks.registry import load_task
+from mamba_zoo.tasks.running import quiet, quiet_trainer
 
 SHARED = Path(os.environ.get("MAMBA_ZOO_DATA", "data")) / "graph"
 
@@ -161,6 +162,16 @@ def test_the_command_line_trains_tests_and_predicts_nodes(tmp_path, monkeypatch,
     found = rows(tmp_path / "p.csv")
     assert len(found) == 34
     assert set(found[0]) >= {"predicted", "probability"}
+
+
+def test_data_that_were_tested_first_can_be_trained_on(tmp_path):
+    settings = {"max_epochs": 1, "model": {"options": {"dim": 8, "depth": 1}}, "task": "node-classification"}
+    train_once("gin", NodeData(), tmp_path / "a", **settings)
+    model = load_task(tmp_path / "a" / "last.ckpt")
+    data = NodeData()
+    with quiet():
+        quiet_trainer("cpu").test(model, data, verbose=False)
+    assert train_once("gin", data, tmp_path / "b", seed=1, **settings)["accuracy"] > 0
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
