@@ -158,18 +158,32 @@ def quiet_trainer(device: str) -> Trainer:
 
 
 class _Pressed(Callback):
-    """Ends a run whose Ctrl-C got lost: Python drops exceptions raised while it collects garbage."""
+    """Ends a run at the first batch after Ctrl-C, at once after a second.
+
+    Raised anywhere, KeyboardInterrupt can leave a lock of a logger held, for which closing it then waits forever; and
+    Python drops it while it collects garbage.
+    """
 
     def __init__(self) -> None:
         self.seen = False
 
     def note(self, number: int, frame: Any) -> None:
-        """Handle the signal as Python does, and remember it."""
+        """Handle the signal."""
+        if self.seen:
+            raise KeyboardInterrupt
         self.seen = True
-        raise KeyboardInterrupt
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop at the latest here."""
+        """Stop here."""
+        self._stop()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Or here."""
+        self._stop()
+
+    def _stop(self) -> None:
         if self.seen:
             raise KeyboardInterrupt
 
@@ -189,6 +203,10 @@ def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, res
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     except SystemExit:  # how the trainer leaves after Ctrl-C, having disabled it
         raise KeyboardInterrupt from None
+    except Exception:
+        if pressed.seen:  # workers that read items leave at Ctrl-C, and are then missed
+            raise KeyboardInterrupt from None
+        raise
     finally:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, handler)
