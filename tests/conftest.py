@@ -3,16 +3,11 @@
 import pytest
 import torch
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
-        ],
-    ),
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
 ]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
 
 
 @pytest.fixture(params=DEVICES)

@@ -10,10 +10,7 @@ from torch import nn
 
 import mamba_zoo
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
-]
+from .conftest import ON_A_GPU
 
 
 def make(name: str, **arguments) -> tuple[nn.Module, torch.Tensor]:
@@ -38,7 +35,7 @@ def test_needs_room_for_a_graph():
 
 @pytest.mark.parametrize("name", ["vmamba_mini", "vim_mini"])
 class TestOnAGpu:
-    pytestmark = gpu
+    pytestmark = ON_A_GPU
 
     def test_same_answers_for_every_shape_and_dtype(self, name):
         model, x = make(name)
@@ -99,7 +96,7 @@ class Waits(nn.Module):
 
 
 class TestRefusals:
-    pytestmark = gpu
+    pytestmark = ON_A_GPU
 
     def test_a_model_that_waits_for_the_gpu(self):
         with pytest.raises(RuntimeError, match="Waits cannot be recorded as a CUDA graph"), torch.no_grad():

@@ -245,37 +245,6 @@ class EdgeRegressor(NodeRegressor):
     level = "edge"
     unit = "edges"
 
-    def __init__(
-        self,
-        name: str = "graph_mamba",
-        scan: str | None = None,
-        center: list[float] | None = None,
-        scale: list[float] | None = None,
-        in_chans: int = 5,
-        edge_chans: int = 1,
-        encoder: str = "linear",
-        edges: str = "none",
-        pe: str = "none",
-        pe_steps: int = 16,
-        row_normalize: bool = False,
-        options: dict[str, Any] | None = None,
-        loss: Literal["mse", "l1"] = "mse",
-        opt: str = "adamw",
-        lr: float = 1e-2,
-        weight_decay: float = 0.05,
-        layer_decay: float | None = None,
-        recipe: Recipe = "recommended",
-        warmup_epochs: float = 1.0,
-        min_lr: float = 0.01,
-        ema_decay: float | None = None,
-        freeze: Freeze = "none",
-    ) -> None:
-        super().__init__(
-            name, scan, center, scale, in_chans, edge_chans, encoder, edges, pe, pe_steps, row_normalize, options, loss,
-            opt, lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze,
-        )  # fmt: skip
-        self.save_hyperparameters()
-
     def read(self, net: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         """What a network says of the edges that count."""
         return net(batch[0])
