@@ -13,7 +13,7 @@ import torch
 
 from mamba_zoo.kernels import _cuda, refusals, selective_scan
 
-from .problems import make_problem, random_order, relative_error, solve
+from .problems import TOLERANCE, make_problem, random_order, relative_error, solve
 
 needs_nvrtc = pytest.mark.skipif(
     _cuda.refuse("cuda", torch.float32) is not None,
@@ -28,11 +28,17 @@ def kernel_source(kernel: str, n: int, dtype: torch.dtype, **changes) -> str:
     from mamba_zoo.kernels._cuda import _plan
 
     table = {"forward": _plan.forward_launch, "backward": _plan.backward_launch}[kernel]
-    variant = _plan.Variant(
-        dtype, dtype, map_width=min(n, 4), spacing=_plan.spacing(n, 3 * dtype.itemsize), softplus=True, gated=True,
-        empty=False, exact=True,
+    return _plan.source(kernel, table(n, 384, 49_152, 2), variant(n, dtype).with_(**changes))
+
+
+def variant(n: int, dtype: torch.dtype, row_bytes: float | None = None):
+    """What is compiled in for tokens of `dtype`, gated, in aligned rows."""
+    from mamba_zoo.kernels._cuda import _plan
+
+    return _plan.Variant(
+        dtype, dtype, map_width=min(n & -n, 4), chunk=16 // dtype.itemsize,
+        spacing=_plan.spacing(n, row_bytes or 3 * dtype.itemsize), softplus=True, gated=True, empty=False, exact=True,
     )  # fmt: skip
-    return _plan.source(kernel, table(n, 384, 49_152, 2), variant.with_(**changes))
 
 
 @pytest.fixture
@@ -178,15 +184,16 @@ def _check_launches(n, d, programs):
         assert 64 % launch.tile == 0
         assert launch.blocks >= 1
     backward = _plan.backward_launch(n, d, programs, width)
-    for row_bytes in (2.5, 6.0, 24.0):
-        steps = _plan.spacing(n, row_bytes)
-        assert steps % backward.tile == 0
-        assert _plan.WINDOW % steps == 0
-        assert _plan.tile_states(backward, steps) <= 96 * 1024
-        small = _plan.fit_shared(backward, steps, 64 * 1024)  # the least that a supported GPU has
-        fixed = 4 * small.tile * small.states * (4 + 4 * small.threads // 32) + 4 * _plan.WINDOW
-        assert _plan.tile_states(small, steps) + fixed <= 64 * 1024
-        assert small.threads % 32 == 0
+    for row_bytes, dtype in ((2.5, torch.bfloat16), (6.0, torch.bfloat16), (24.0, torch.float32)):
+        compiled = variant(n, dtype, row_bytes)
+        assert compiled.spacing % backward.tile == 0
+        assert _plan.WINDOW % compiled.spacing == 0
+        assert _plan.needed_memory("backward", backward, compiled) <= 227 * 1024
+        for kernel in ("forward", "backward"):
+            # The least that a supported GPU has.
+            small = _plan.fit_shared(kernel, backward, compiled, 64 * 1024)
+            assert _plan.needed_memory(kernel, small, compiled) <= 64 * 1024
+            assert small.threads % 32 == 0
     assert 2 * backward.tile * backward.states // backward.lanes % 16 == 0
 
 
@@ -256,6 +263,41 @@ def test_deterministic_mode_is_bit_identical(gpu, n):
                 assert torch.equal(value, again[name]), name
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_four_directions_add_to_one_gradient(gpu, n, dtype):
+    """What they share has one gradient, in place of four and their sum, as accurate as any result of its dtype."""
+    problem = make_problem(b=8, l=784, k=4, d=96, n=n, z="shared" if n > 1 else None, device=gpu, dtype=dtype)
+    ours, seeds = solve(problem, backend="cuda")
+    exact = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in problem.items()}
+    theirs, _ = solve(exact, seeds, backend="reference")
+    for name, value in ours.items():
+        assert relative_error(value, theirs[name]) < TOLERANCE[value.dtype], name
+
+
+@pytest.mark.gpu
+def test_memory_beyond_inputs_and_gradients(gpu):
+    """A fifth of the inputs at VMamba's shape, where parts per direction would take as much again as the inputs."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("directions add to one gradient from compute capability 9.0 on")
+    problem = make_problem(b=16, l=784, k=4, d=192, n=1, z=None, device=gpu, dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in problem.values() if torch.is_tensor(x) and x.is_floating_point()]
+    y = selective_scan(**problem, backend="cuda")
+    dy = torch.randn_like(y)
+    torch.autograd.grad(y, leaves, dy)  # loads the kernels
+    y = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = selective_scan(**problem, backend="cuda")
+    kept = torch.autograd.grad(y, leaves, dy)
+    torch.cuda.synchronize()
+    results = sum(x.numel() * x.element_size() for x in (y, *kept))
+    extra = torch.cuda.max_memory_allocated() - before - results
+    assert extra <= 0.2 * sum(x.numel() * x.element_size() for x in leaves)
 
 
 @pytest.mark.gpu

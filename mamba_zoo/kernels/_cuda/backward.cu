@@ -6,24 +6,30 @@
 // WINDOW: steps whose tokens are in shared memory at a time, a multiple of SPACING.
 // SUMS 0: add dB and dC of all blocks of channels atomically, in float32. 1: one float32 buffer per block of channels.
 //      2: the only block of channels stores the result itself.
+// ADDED: bits of the tensors, of du, ddt and dz, whose rows all directions add to.
 // PART 0: whole rows. 2: every chunk, from the state kept for its beginning and the gradient that `scan_carry` found
 //      for its end.
 
 constexpr int TILES = SPACING / T;                  // per kept state
 constexpr int VALUES = 2 * T * S;                   // dC and dB of one tile in one thread
 constexpr int SUMMED = 2 * T * N;                   // and in a block
+constexpr int QUADS = SPREAD >= 8 ? 2 : 1;          // sums of a warp: those of even and of odd quads of lanes
 static_assert(VALUES % 16 == 0, "sums over channels go sixteen at a time");
 static_assert(LANES <= 8, "a quad of lanes holds channels of one lane index");
 
-struct Tile {
-  Pack<In, V> u[OWN], dt[OWN], z[OWN];
-  Pack<Out, V> dy[OWN];
-};
+// Rows of a tile in shared memory: u, dt, z if gated, dy. du, ddt and dz leave from the places of the first three. `dy`
+// may be in another format.
+constexpr bool APART = Out::BYTES != In::BYTES;
+constexpr int LEAVING = 2 + GATED, TOKENS = LEAVING + !APART;
+typedef Traffic<TOKENS, In::BYTES> Incoming;
+typedef Traffic<1, Out::BYTES> IncomingApart;
+typedef Traffic<LEAVING, In::BYTES> Outgoing;
+constexpr int STAGE = Incoming::SIZE + (APART ? IncomingApart::SIZE : 0);
 
 // Sums over the channels of a warp, sixteen values per thread at a time. The tensor cores multiply the values by
 // selector matrices of zeros and ones: four products sum each value over the four lanes of a quad, which a butterfly
 // would do with four times as many instructions. Lane 4 g + p then holds, for quad g of lanes, values 4 p + {0, 2, 1, 3};
-// two exchanges add up the quads.
+// exchanges add up all but two quads, which are left to `release`.
 // Values come in falling order of steps; within a step, by state.
 DEVICE void selectors(float (&select)[4][2]) {
   const int row = threadIdx.x % 32 / 4;
@@ -85,7 +91,7 @@ struct ChannelSums {
     float x[4] = {acc[0], acc[2], acc[1], acc[3]};
     int held = 4, from = lane % 4 * 4;
 #pragma unroll
-    for (int w = SPREAD / 2; w >= 4; w /= 2) {
+    for (int w = SPREAD / 2; w >= 8; w /= 2) {
       bool upper = lane & w;
       if (held > 1) {
         held /= 2;
@@ -100,31 +106,45 @@ struct ChannelSums {
         x[0] += from_xor(x[0], w);
       }
     }
+    sums += QUADS == 2 && lane & 4 ? SUMMED : 0;
+    if constexpr (SPREAD <= 8 && S % 4 == 0) {
+      const int r = group * 16 + from;
+      *(float4*)(sums + r / S * N + q * S + r % S) = make_float4(x[0], x[1], x[2], x[3]);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i >= held) break;
-      int r = group * 16 + from + i;
-      sums[r / S * N + q * S + r % S] = x[i];
+      for (int i = 0; i < 4; i++) {
+        if (i >= held) break;
+        const int r = group * 16 + from + i;
+        sums[r / S * N + q * S + r % S] = x[i];
+      }
     }
   }
 };
 
-extern __shared__ float tile_states[];  // [tile][channel of thread][state of thread][thread]
+extern __shared__ float tile_states[];  // [tile][channel of thread][state of thread][thread]; then rows of two tiles
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(const __grid_constant__ Args p) {
   __shared__ __align__(16) float maps[2][2 * T * N];
-  __shared__ __align__(16) float sums[2][WARPS][SUMMED];
+  __shared__ __align__(16) float sums[2][WARPS * QUADS][SUMMED];
   __shared__ __align__(16) int visit[WINDOW];
 
   Place at = Place::of(p);
   at.take_chunk(p);
   const int q = at.q, own = at.own, begin = at.begin, end = at.end;
-  const u32 within = at.readable(p) * In::BYTES;
+  const u32 within = at.block * CHANNELS * In::BYTES;
   const Rows u = Rows::of(p.u, p.su, at, within), dt = Rows::of(p.dt, p.sdt, at, within);
-  const Rows z = Rows::of(p.z, p.sz, at, within), dy = Rows::of(p.dy, p.sdy, at, at.readable(p) * Out::BYTES);
+  const Rows z = Rows::of(p.z, p.sz, at, within), dy = Rows::of(p.dy, p.sdy, at, at.block * CHANNELS * Out::BYTES);
+  const Rows du = output_rows(p, p.du, at, ADDED & 1, In::BYTES), ddt = output_rows(p, p.ddt, at, false, In::BYTES);
+  const Rows dz = output_rows(p, p.dz, at, ADDED & 4, In::BYTES);
+  const Incoming incoming = GATED ? Incoming::of(p, at, u, dt, z, dy) : Incoming::of(p, at, u, dt, dy);
+  const IncomingApart incoming_apart = IncomingApart::of(p, at, dy);
+  const Outgoing outgoing = Outgoing::of(p, at, du, ddt, dz);
+  const bool sender = sends(p, at);
+  // Threads beyond the last channel have no gradients, so that they add nothing to dB and dC.
+  const float scale = at.active ? p.scale : 0.0f;
+  char* const stages = (char*)(tile_states + (TILES > 1 ? TILES * N * CHANNELS : 0));
+  const int local = at.channel - at.block * CHANNELS;  // this thread's first channel in a staged row
   const Rows B = Rows::of(p.B, p.sB, at, 0), C = Rows::of(p.C, p.sC, at, 0);
-  const char* out_base = output(p, nullptr, at, p.d, In::BYTES, at.channel);  // du, ddt and dz lie alike: one offset
-  const u32 out_stride = p.k * p.d * In::BYTES;
   typedef Either<SUMS == 2, In, Float>::Type Map;
   const char* map_base = output(p, nullptr, at, p.n, Map::BYTES, 0);
   if (SUMS == 1) map_base += at.block * p.map_block * Map::BYTES;
@@ -149,30 +169,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
   for (int v = 0; v < V; v++) {
     dskip[v] = dbias[v] = 0.0f;
 #pragma unroll
-    for (int s = 0; s < S; s++) dA[v][s] = 0.0f;
+    for (int s = 0; s < S; s++) {
+      dA[v][s] = 0.0f;
+      if (!at.active) g[v][s] = 0.0f;
+    }
   }
   ChannelSums channels[S < 16 ? 1 : 2];
   float select[4][2];
   selectors(select);
 
-  Tile now, next;
   Maps travelling;
-  auto fetch = [&](Tile& tile, const int* tokens, bool whole) {
-#pragma unroll
-    for (int i = 0; i < OWN; i++) {
-      int token = tokens[i * GROUP + own];
-      tile.u[i] = tile.dt[i] = tile.z[i] = Pack<In, V>::zero();
-      tile.dy[i] = Pack<Out, V>::zero();
-      if (!EMPTY || token >= 0) {
-        tile.dt[i] = load<In, V>(dt.at(token));
-        tile.u[i] = load<In, V>(u.at(token));
-        if (whole) {
-          tile.dy[i] = load<Out, V>(dy.at(token));
-          if (GATED) tile.z[i] = load<In, V>(z.at(token));
-        }
-      }
-    }
+  auto fetch = [&](int buffer, const int* tokens, int steps, bool whole) {
+    char* const stage = stages + buffer * STAGE;
+    incoming.fetch(stage, tokens, whole ? TOKENS : 2, steps);
+    if constexpr (APART)
+      if (whole) incoming_apart.fetch(stage + Incoming::SIZE, tokens, 1, steps);
     travelling.fetch(B, C, tokens, p.n);
+  };
+  // This thread's own step i of a tensor.
+  auto place = [&](int buffer, int tensor, int i) {
+    return stages + buffer * STAGE + ((tensor * T + i * GROUP + own) * CHANNELS + local) * In::BYTES;
   };
   // dB and dC of a finished tile: over the warps, then to memory, W states at a time.
   constexpr int W = MAP_V == 4 ? 4 : 1;
@@ -183,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       if (SUMMED / W % THREADS && e >= SUMMED) break;
       float x[W];
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) {
+      for (int w = 0; w < WARPS * QUADS; w++) {
         float y[W];
         read_shared(y, of_tile + w * SUMMED + e);
 #pragma unroll
@@ -226,8 +242,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
     int tiles = (stop - first - segment + T - 1) / T;
     float start[V][S];
     kept_state(start, first + segment);
-    fetch(now, visit + segment, tiles == 1);
+    fetch(buffer, visit + segment, stop - first - segment, tiles == 1);
     travelling.put(maps[buffer]);
+    copies_arrived();
     __syncthreads();
     for (; segment >= 0; segment -= SPACING, tiles = TILES) {
       float h[T + 1][V][S];
@@ -238,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 
       // The sweep: states at the beginning of every tile but the last.
       for (int tile = 0; TILES > 1 && tile < tiles - 1; tile++, buffer ^= 1) {
-        fetch(next, visit + segment + (tile + 1) * T, tile + 2 == tiles);
+        fetch(buffer ^ 1, visit + segment + (tile + 1) * T, stop - first - segment - (tile + 1) * T, tile + 2 == tiles);
 #pragma unroll
         for (int v = 0; v < V; v++)
 #pragma unroll
@@ -247,11 +264,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
           float delta[V], drive[V];
+          const Pack<In, V> us = take<In, V>(place(buffer, 0, i)), dts = take<In, V>(place(buffer, 1, i));
 #pragma unroll
           for (int v = 0; v < V; v++) {
-            float x = now.dt[i].at(v) + bias[v], e;
-            delta[v] = SOFTPLUS ? softplus(x, e) : x;
-            drive[v] = delta[v] * now.u[i].at(v);
+            float x = dts.at(v) + bias[v], e;
+            delta[v] = SOFTPLUS ? softplus<In::BYTES == 2>(x, e) : x;
+            drive[v] = delta[v] * us.at(v);
           }
 #pragma unroll
           for (int j = 0; j < GROUP; j++) {
@@ -266,8 +284,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
           }
         }
         travelling.put(maps[buffer ^ 1]);
+        copies_arrived();
         __syncthreads();
-        now = next;
       }
 
       for (int tile = tiles - 1; tile >= 0; tile--, buffer ^= 1) {
@@ -281,41 +299,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         }
         constexpr bool EARLY = V * S <= 4;
         const bool more = tile > 0 || segment > 0;
-        float delta[OWN][V], input[OWN][V], slope[OWN][V], dout[OWN][V], dgate[OWN][V];
+        if (more) fetch(buffer ^ 1, tile > 0 ? tokens - T : visit + segment - SPACING, T, TILES == 1 || tile > 0);
+        if (EARLY && tile == 0 && segment > 0) kept_state(start, first + segment - SPACING);
+        float delta[OWN][V], slope[OWN][V];
 #pragma unroll
-        for (int i = 0; i < OWN; i++)
+        for (int i = 0; i < OWN; i++) {
+          const Pack<In, V> dts = take<In, V>(place(buffer, 1, i));
 #pragma unroll
           for (int v = 0; v < V; v++) {
-            bool live = at.active && step + i * GROUP + own < end;
-            float x = now.dt[i].at(v) + bias[v], e;
+            float x = dts.at(v) + bias[v], e;
             delta[i][v] = x;
             slope[i][v] = 1.0f;
             if (SOFTPLUS) {
-              delta[i][v] = softplus(x, e);
+              delta[i][v] = softplus<In::BYTES == 2>(x, e);
               float r = reciprocal(1.0f + e);
               slope[i][v] = x >= 0.0f ? r : e * r;
             }
-            if (!live) delta[i][v] = 0.0f;
-            input[i][v] = now.u[i].at(v);
-            float d = live ? now.dy[i].at(v) * p.scale : 0.0f;
-            dout[i][v] = d;
-            if (GATED) {
-              float gate = now.z[i].at(v), half_way = sigmoid(gate);
-              dout[i][v] = d * gate * half_way;
-              dgate[i][v] = d * half_way * fmaf(gate, 1.0f - half_way, 1.0f);
-            }
           }
+        }
+        if (step + T > end) {  // steps beyond the end have no effect: their dy is zero too
+#pragma unroll
+          for (int i = 0; i < OWN; i++)
+#pragma unroll
+            for (int v = 0; v < V; v++)
+              if (step + i * GROUP + own >= end) delta[i][v] = slope[i][v] = 0.0f;
+        }
 
         float a[HOLD ? T : 1][V][S];
         const float* map = maps[buffer] + q * S;
+        Pack<In, V> us;
 #pragma unroll
         for (int t = 0; t < T; t++) {
           float b[S];
           read_shared(b, map + t * N);
+          if (t % GROUP == 0) us = take<In, V>(place(buffer, 0, t / GROUP));
 #pragma unroll
           for (int v = 0; v < V; v++) {
             float dl = shared_by(delta[t / GROUP][v], t % GROUP);
-            float dr = shared_by(delta[t / GROUP][v] * input[t / GROUP][v], t % GROUP);
+            float dr = shared_by(delta[t / GROUP][v] * us.at(v), t % GROUP);
 #pragma unroll
             for (int s = 0; s < S; s++) {
               float decay = exp2_fast(dl * A[v][s]);
@@ -325,14 +346,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
           }
         }
 
-        float* sum = sums[buffer][threadIdx.x / 32];
+        float* sum = sums[buffer][threadIdx.x / 32 * QUADS];
 #pragma unroll
         for (int i = OWN - 1; i >= 0; i--) {
-          // Read the next tile, or the first of the next segment, when the first steps have given back their registers.
-          // The state there waits in registers too while that is cheap.
-          if (i == (OWN > 1 ? OWN - 2 : 0)) {
-            if (more) fetch(next, tile > 0 ? tokens - T : visit + segment - SPACING, TILES == 1 || tile > 0);
-            if (EARLY && tile == 0 && segment > 0) kept_state(start, first + segment - SPACING);
+          float input[V], dout[V], dgate[V];
+          us = take<In, V>(place(buffer, 0, i));
+          const char* const dy_at = APART ? stages + buffer * STAGE + Incoming::SIZE +
+                                                ((i * GROUP + own) * CHANNELS + local) * Out::BYTES
+                                          : place(buffer, LEAVING, i);
+          const Pack<Out, V> dys = take<Out, V>(dy_at);
+          Pack<In, V> zs = Pack<In, V>::zero();
+          if (GATED) zs = take<In, V>(place(buffer, 2, i));
+#pragma unroll
+          for (int v = 0; v < V; v++) {
+            input[v] = us.at(v);
+            dout[v] = dys.at(v) * scale;
+            if (GATED) {
+              float gate = zs.at(v), half_way = sigmoid(gate);
+              dgate[v] = dout[v] * half_way * fmaf(gate, 1.0f - half_way, 1.0f);
+              dout[v] *= gate * half_way;
+            }
           }
           float by_output[V][GROUP], by_decay[V][GROUP], by_input[V][GROUP];
 #pragma unroll
@@ -345,8 +378,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #pragma unroll
             for (int v = 0; v < V; v++) {
               dl[v] = shared_by(delta[i][v], j);
-              dr[v] = shared_by(delta[i][v] * input[i][v], j);
-              d[v] = shared_by(dout[i][v], j);
+              dr[v] = shared_by(delta[i][v] * input[v], j);
+              d[v] = shared_by(dout[v], j);
               by_output[v][j] = by_decay[v][j] = by_input[v][j] = 0.0f;
             }
 #pragma unroll
@@ -374,26 +407,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #pragma unroll
           for (int v = 0; v < V; v++) {
             float through_input = owned_total(by_input[v]), through_decay = owned_total(by_decay[v]);
-            new_du[v] = fmaf(delta[i][v], through_input, skip[v] * dout[i][v]);
-            new_ddt[v] = fmaf(input[i][v], through_input, through_decay * LN2) * slope[i][v];
-            if (step + i * GROUP + own >= end) new_ddt[v] = 0.0f;
-            dskip[v] = fmaf(dout[i][v], input[i][v], dskip[v]);
+            new_du[v] = fmaf(delta[i][v], through_input, skip[v] * dout[v]);
+            new_ddt[v] = fmaf(input[v], through_input, through_decay * LN2) * slope[i][v];
+            dskip[v] = fmaf(dout[v], input[v], dskip[v]);
             dbias[v] += new_ddt[v];
-            if (GATED) new_dz[v] = dgate[i][v] * fmaf(skip[v], input[i][v], owned_total(by_output[v]));
+            if (GATED) new_dz[v] = dgate[v] * fmaf(skip[v], input[v], owned_total(by_output[v]));
           }
-          int token = tokens[i * GROUP + own];
-          bool written = at.owner && step + i * GROUP + own < end && (!EMPTY || token >= 0);
-          const u64 row = (u64)row_of(out_base, token, out_stride);
-          store<In, V>(p.du + row, new_du, written);
-          store<In, V>(p.ddt + row, new_ddt, written);
-          if (GATED) store<In, V>(p.dz + row, new_dz, written);
+          if (q < GROUP) {
+            leave<In, V>(place(buffer, 0, i), new_du);
+            leave<In, V>(place(buffer, 1, i), new_ddt);
+            if (GATED) leave<In, V>(place(buffer, 2, i), new_dz);
+          }
         }
 
         if (!EARLY && tile == 0 && segment > 0) kept_state(start, first + segment - SPACING);
         if (more) travelling.put(maps[buffer ^ 1]);
+        copies_arrived();
         __syncthreads();
         release(sums[buffer][0], tokens, step);
-        now = next;
+        outgoing.send<In>(stages + buffer * STAGE, tokens, end - step, ADDED, sender);
       }
     }
   }

@@ -8,6 +8,7 @@
 //   T         steps per tile: unrolled, and read one tile ahead
 //   THREADS   per block; BLOCKS: resident blocks that the register count must allow
 //   MAP_V     elements of B and C read as one word
+//   CHUNK     neighbouring channels that move between global and shared memory as one word, at least V
 //   SPACING   steps between the states that the forward pass keeps for the backward pass
 //   SOFTPLUS, GATED   dt passes softplus; there is a gate z
 //   EMPTY     `order` may hold -1
@@ -115,11 +116,85 @@ struct Rows {
   __device__ __forceinline__ const char* at(int token) const { return row_of(base, token, stride); }
 };
 
+// Token rows travel between global and shared memory in chunks, and lie there as [tensor][step of the tile][CHANNELS].
+// A pass of the block moves chunk number pass * THREADS + thread; a thread's chunks are all in one column, and its own.
+constexpr int PER_ROW = CHANNELS / CHUNK, AT_ONCE = THREADS / PER_ROW;  // chunks in a row; rows in a pass
+static_assert(AT_ONCE % T == 0 || T % AT_ONCE == 0, "a pass covers whole tensors or a part of one");
+
+template <int TENSORS, int BYTES> struct Traffic {  // BYTES of an element
+  static constexpr int TOGETHER = AT_ONCE > T ? AT_ONCE / T : 1;  // tensors in a pass
+  static constexpr int SPLIT = AT_ONCE > T ? 1 : T / AT_ONCE;     // passes per tensor
+  static constexpr int HELD = (TENSORS + TOGETHER - 1) / TOGETHER, PASSES = HELD * SPLIT;
+  static constexpr int EACH = CHUNK * BYTES, SIZE = TENSORS * T * CHANNELS * BYTES;
+  char* base[HELD];
+  u32 stride[HELD];
+
+  DEVICE int row() { return threadIdx.x / PER_ROW; }
+  DEVICE int tensor(int pass) { return TOGETHER > 1 ? pass * TOGETHER + row() / T : pass / SPLIT; }
+  DEVICE int step(int pass) { return TOGETHER > 1 ? row() % T : pass % SPLIT * AT_ONCE + row(); }
+
+  // Rows of the tensors, from the block's first channel on. Chunks beyond the last channel are read from the last one.
+  DEVICE Traffic of(const Args& p, const Place& at, Rows a, Rows b = {}, Rows c = {}, Rows d = {}) {
+    const Rows rows[4] = {a, b, c, d};
+    Traffic t;
+    const int first = at.block * CHANNELS;
+    const int within = min((int)threadIdx.x % PER_ROW * CHUNK, p.d - CHUNK - first) * BYTES;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+      const int which = TOGETHER > 1 ? tensor(i) : i;
+      t.base[i] = (char*)rows[0].base + within, t.stride[i] = rows[0].stride;
+#pragma unroll
+      for (int j = 1; j < TENSORS; j++)
+        if (which == j) t.base[i] = (char*)rows[j].base + within, t.stride[i] = rows[j].stride;
+    }
+    return t;
+  }
+
+  // The tile's rows of the first `used` tensors, zeros from step `steps` on.
+  __device__ __forceinline__ void fetch(char* stage, const int* tokens, int used, int steps) const {
+#pragma unroll
+    for (int i = 0; i < PASSES; i++) {
+      if (tensor(i) >= used) continue;
+      const int token = tokens[step(i)];
+      const bool real = step(i) < steps && (!EMPTY || token >= 0);
+      const char* from = row_of(base[i / SPLIT], EMPTY ? max(token, 0) : token, stride[i / SPLIT]);
+      copy<EACH>(stage + (i * THREADS + threadIdx.x) * EACH, from, real);
+    }
+  }
+
+  // The first `steps` rows of the tile to their tokens; those of tensors in `added` are added to what is there.
+  template <typename E>
+  __device__ __forceinline__ void send(const char* stage, const int* tokens, int steps, int added, bool real) const {
+#pragma unroll
+    for (int i = 0; i < PASSES; i++) {
+      const int token = tokens[step(i)];
+      if (!real || step(i) >= steps || tensor(i) >= TENSORS || (EMPTY && token < 0)) continue;
+      const char* from = stage + (i * THREADS + threadIdx.x) * EACH;
+      char* to = (char*)row_of(base[i / SPLIT], token, stride[i / SPLIT]);
+      if (added >> tensor(i) & 1) {
+        add_chunk<E, EACH>(to, from);
+      } else {
+        store_chunk<EACH>(to, from);
+      }
+    }
+  }
+};
+
+// Whether this thread's chunks hold channels that exist.
+DEVICE bool sends(const Args& p, const Place& at) {
+  return at.block * CHANNELS + (int)(threadIdx.x % PER_ROW) * CHUNK < p.d;
+}
+
+// Rows of a `(b, l, k, d)` output, or where directions share them `(b, l, d)`, from the block's first channel on.
+DEVICE Rows output_rows(const Args& p, char* tensor, const Place& at, bool shared, int bytes) {
+  const long long k = shared ? 1 : p.k, row = at.sample * (long long)p.l * k + (shared ? 0 : at.direction);
+  return {tensor + (row * p.d + at.block * CHANNELS) * bytes, (u32)(k * p.d * bytes)};
+}
+
 // `(b, l, k, width)` outputs, contiguous.
 DEVICE char* output(const Args& p, char* tensor, const Place& at, int width, int bytes, int within) {
   return tensor + (((long long)at.sample * p.l * p.k + at.direction) * width + within) * bytes;
 }
-DEVICE char* output_row(char* tensor, int token, u32 stride) { return (char*)row_of(tensor, token, stride); }
 
 // Tokens visited by `count` steps from `step`, into shared memory. Steps past the end repeat the last token: their
 // step size is set to zero, so what is read there has no effect.

@@ -1,5 +1,5 @@
-// Forward pass. One block walks one chunk of one row in one direction; rows of the next tile are read into registers
-// before the current tile is computed, so a store never delays a load.
+// Forward pass. One block walks one chunk of one row in one direction; rows of the next tile are on their way to
+// shared memory while the current one is computed, and rows of y leave through it.
 //
 // KEEP: write the state every SPACING steps for the backward pass.
 // PART 0: whole rows. 1: only the final state and the summed step size of every chunk, from a zero state.
@@ -12,24 +12,15 @@ constexpr int SPAN = 64;  // steps per refill of the token ring
 constexpr bool OUTPUT = PART == 0 || PART == 2, BACK = PART == 3;
 typedef Either<BACK, Out, In>::Type Source;
 
-struct Tile {  // this thread's own steps of one tile
-  Pack<Source, V> u[OWN];
-  Pack<In, V> dt[OWN], z[OWN];
+// Own rows of a tile in shared memory: u and dt, and z if gated. `dy` may be in another format than these.
+constexpr bool APART = Source::BYTES != In::BYTES;
+constexpr int TOKENS = 1 + !APART + (GATED && PART != 1);
+typedef Traffic<TOKENS, In::BYTES> Incoming;
+typedef Traffic<1, Source::BYTES> IncomingApart;
+typedef Traffic<1, Out::BYTES> Outgoing;
+constexpr int STAGE = Incoming::SIZE + (APART ? IncomingApart::SIZE : 0);
 
-  __device__ __forceinline__ void fetch(const Rows& ur, const Rows& dtr, const Rows& zr, const int* tokens, int own) {
-#pragma unroll
-    for (int i = 0; i < OWN; i++) {
-      int token = tokens[i * GROUP + own];
-      u[i] = Pack<Source, V>::zero();
-      dt[i] = z[i] = Pack<In, V>::zero();
-      if (!EMPTY || token >= 0) {
-        dt[i] = load<In, V>(dtr.at(token));
-        u[i] = load<Source, V>(ur.at(token));
-        if (GATED && PART != 1) z[i] = load<In, V>(zr.at(token));
-      }
-    }
-  }
-};
+extern __shared__ float tile_states[];  // as bytes: incoming rows of two tiles, then outgoing rows of two
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const __grid_constant__ Args p) {
   __shared__ __align__(16) float maps[2][2 * T * N];
@@ -41,12 +32,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   const int q = at.q, own = at.own, begin = at.begin, end = at.end;
   if (at.chunk > 0 && begin >= end) return;
   const bool last_chunk = end == at.last;
-  const u32 within = at.readable(p) * In::BYTES;
-  const Rows u = BACK ? Rows::of(p.dy, p.sdy, at, at.readable(p) * Source::BYTES) : Rows::of(p.u, p.su, at, within);
+  const u32 within = at.block * CHANNELS * In::BYTES;
+  const Rows u = BACK ? Rows::of(p.dy, p.sdy, at, at.block * CHANNELS * Source::BYTES) : Rows::of(p.u, p.su, at, within);
   const Rows dt = Rows::of(p.dt, p.sdt, at, within), z = Rows::of(p.z, p.sz, at, within);
+  const Incoming incoming = APART ? Incoming::of(p, at, dt, z) : Incoming::of(p, at, dt, u, z);
+  const IncomingApart incoming_apart = IncomingApart::of(p, at, u);
+  char* const stage = (char*)tile_states;
+  char* const leaving = stage + 2 * STAGE;
+  const int local = at.channel - at.block * CHANNELS;  // this thread's first channel in a staged row
   const Rows C = Rows::of(p.C, p.sC, at, 0), B = BACK ? C : Rows::of(p.B, p.sB, at, 0);
-  char* y = output(p, p.y, at, p.d, Out::BYTES, at.channel);
-  const u32 y_stride = p.k * p.d * Out::BYTES;
+  const Outgoing outgoing = Outgoing::of(p, at, output_rows(p, p.y, at, false, Out::BYTES));
+  const bool sender = sends(p, at);
   const int* order = order_of(p, at);
 
   float A[V][S], h[V][S], bias[V], skip[V], total[V];
@@ -68,14 +64,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   }
 
   auto walked = [&](int i) { return BACK ? end - 1 - i : begin + i; };
-  Tile now;
   Maps travelling;
+  auto fetch = [&](int buffer, const int* tokens, int steps) {
+    incoming.fetch(stage + buffer * STAGE, tokens, TOKENS, steps);
+    if constexpr (APART) incoming_apart.fetch(stage + buffer * STAGE + Incoming::SIZE, tokens, 1, steps);
+    travelling.fetch(B, C, tokens, p.n);
+  };
   if (begin < end) {
     for (int i = threadIdx.x; i < 2 * SPAN; i += THREADS) ring[i] = visited(p, order, at, walked(i));
     __syncthreads();
-    now.fetch(u, dt, z, ring, own);
-    travelling.fetch(B, C, ring, p.n);
+    fetch(0, ring, end - begin);
     travelling.put(maps[0]);
+    copies_arrived();
     __syncthreads();
   }
 
@@ -85,41 +85,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   for (int step = begin; step < end; step += T, buffer ^= 1) {
     const int done = step - begin;
     const int* tokens = ring + done % (2 * SPAN);
-    const bool boundary = done % SPAN == 0 && done > 0;
+    // One tile late: when the last tile before the span has been sent.
+    const int span = done - T;
+    const bool boundary = span % SPAN == 0 && span > 0;
     if (boundary) {
 #pragma unroll
       for (int i = 0; i < REFILL; i++)
-        refill[i] = visited(p, order, at, walked(done + SPAN + i * THREADS + threadIdx.x));
+        refill[i] = visited(p, order, at, walked(span + SPAN + i * THREADS + threadIdx.x));
     }
-    Tile next;
-    if (step + T < end) {
-      const int* ahead = ring + (done + T) % (2 * SPAN);
-      next.fetch(u, dt, z, ahead, own);
-      travelling.fetch(B, C, ahead, p.n);
-    }
+    if (step + T < end) fetch(buffer ^ 1, ring + (done + T) % (2 * SPAN), end - step - T);
     if (KEEP && OUTPUT) {
       int kept = step - at.first;
       if (kept % SPACING == 0 && kept > 0)
         write_kept(h, p.saved + (at.slot(p) + kept / SPACING - 1) * p.n * p.d, p, at);
     }
 
-    float delta[OWN][V], drive[OWN][V];
+    const char* const rows = stage + buffer * STAGE + (own * CHANNELS + local) * In::BYTES;
+    auto staged = [&](int tensor, int i) {
+      return take<In, V>(rows + (tensor * T + i * GROUP) * CHANNELS * In::BYTES);
+    };
+    auto staged_source = [&](int i) {
+      const char* from = stage + buffer * STAGE + (APART ? Incoming::SIZE : T * CHANNELS * Source::BYTES);
+      return take<Source, V>(from + ((i * GROUP + own) * CHANNELS + local) * Source::BYTES);
+    };
+    float delta[OWN][V], drive[OWN][V], source[OWN][V];
 #pragma unroll
-    for (int i = 0; i < OWN; i++)
+    for (int i = 0; i < OWN; i++) {
+      const Pack<In, V> dts = staged(0, i);
 #pragma unroll
       for (int v = 0; v < V; v++) {
-        float x = now.dt[i].at(v) + bias[v], e;
-        if (SOFTPLUS) x = softplus(x, e);
-        if (step + i * GROUP + own >= end) x = 0.0f;
-        delta[i][v] = x;
-        drive[i][v] = (BACK ? p.scale : x) * now.u[i].at(v);
-        if (BACK) {
-          if (step + i * GROUP + own >= end) drive[i][v] = 0.0f;
-          float gate = now.z[i].at(v);
-          if (GATED) drive[i][v] *= gate * sigmoid(gate);
-        }
-        if (!OUTPUT) total[v] += x;
+        float x = dts.at(v) + bias[v], e;
+        delta[i][v] = SOFTPLUS ? softplus<In::BYTES == 2>(x, e) : x;
       }
+    }
+    if (step + T > end) {  // steps beyond the end have no effect
+#pragma unroll
+      for (int i = 0; i < OWN; i++)
+#pragma unroll
+        for (int v = 0; v < V; v++)
+          if (step + i * GROUP + own >= end) delta[i][v] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      const Pack<Source, V> us = staged_source(i);
+      Pack<In, V> zs = Pack<In, V>::zero();
+      if (BACK && GATED) zs = staged(TOKENS - 1, i);
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        source[i][v] = us.at(v);
+        drive[i][v] = (BACK ? p.scale : delta[i][v]) * source[i][v];
+        if (BACK && GATED) {
+          float gate = zs.at(v);
+          drive[i][v] *= gate * sigmoid(gate);
+        }
+        if (!OUTPUT) total[v] += delta[i][v];
+      }
+    }
 
     const float* map = maps[buffer] + q * S;
 #pragma unroll
@@ -145,17 +166,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
       }
       if (OUTPUT) {
         float out[V];
+        Pack<In, V> zs = Pack<In, V>::zero();
+        if (GATED) zs = staged(TOKENS - 1, i);
 #pragma unroll
         for (int v = 0; v < V; v++) {
-          out[v] = fmaf(skip[v], now.u[i].at(v), owned_total(part[v]));
+          out[v] = fmaf(skip[v], source[i][v], owned_total(part[v]));
           if (GATED) {
-            float gate = now.z[i].at(v);
+            float gate = zs.at(v);
             out[v] *= gate * sigmoid(gate);
           }
         }
-        int token = tokens[i * GROUP + own];
-        bool written = at.owner && step + i * GROUP + own < end && (!EMPTY || token >= 0);
-        store<Out, V>(output_row(y, token, y_stride), out, written);
+        char* to = leaving + buffer * Outgoing::SIZE + ((i * GROUP + own) * CHANNELS + local) * Out::BYTES;
+        if (q < GROUP) leave<Out, V>(to, out);
       }
     }
 
@@ -164,11 +186,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
 #pragma unroll
       for (int i = 0; i < REFILL; i++) {
         int slot = i * THREADS + threadIdx.x;
-        if (slot < SPAN) ring[(done + SPAN + slot) % (2 * SPAN)] = refill[i];
+        if (slot < SPAN) ring[(span + SPAN + slot) % (2 * SPAN)] = refill[i];
       }
     }
+    copies_arrived();
     __syncthreads();
-    now = next;
+    if (OUTPUT) outgoing.send<Out>(leaving + buffer * Outgoing::SIZE, tokens, end - step, 0, sender);
   }
 
   if (!OUTPUT) {

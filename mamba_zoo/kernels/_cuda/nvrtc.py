@@ -84,7 +84,7 @@ def load(source: str, name: str, device: int, shared: int = 0) -> Kernel:
 @lru_cache(maxsize=64)
 def architecture(device: int) -> str:
     """The newest architecture that this NVRTC knows and `device` runs, such as "sm_90"."""
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     known = _checked(nvrtc.nvrtcGetSupportedArchs())
     # Machine code runs on later minor versions of its major version.
     fitting = [a for a in known if a // 10 == major and a % 10 <= minor]
@@ -94,6 +94,12 @@ def architecture(device: int) -> str:
             "upgrade nvidia-cuda-nvrtc, or use backend='triton'"
         )
     return f"sm_{max(fitting)}"
+
+
+@lru_cache(maxsize=64)
+def capability(device: int) -> tuple[int, int]:
+    """Compute capability of `device`."""
+    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache(maxsize=64)

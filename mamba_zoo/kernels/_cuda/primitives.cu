@@ -14,7 +14,7 @@ template <typename A, typename B> struct Either<false, A, B> { typedef B Type; }
 
 struct Float {
   static constexpr int BYTES = 4;
-  static constexpr bool TWO_PARTS = true, ROUND = false;
+  static constexpr bool BRAIN = false, TWO_PARTS = true, ROUND = false;
   DEVICE float low(u32 x) { return __uint_as_float(x); }
   DEVICE float high(u32 x) { return 0.0f; }
   DEVICE u32 word(float x, float) { return __float_as_uint(x); }
@@ -22,7 +22,7 @@ struct Float {
 
 struct Half {
   static constexpr int BYTES = 2;
-  static constexpr bool TWO_PARTS = false, ROUND = true;
+  static constexpr bool BRAIN = false, TWO_PARTS = false, ROUND = true;
   DEVICE float up(u16 x) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
@@ -40,7 +40,7 @@ struct Half {
 
 struct BFloat {
   static constexpr int BYTES = 2;
-  static constexpr bool TWO_PARTS = false, ROUND = false;
+  static constexpr bool BRAIN = true, TWO_PARTS = false, ROUND = false;
   DEVICE float low(u32 x) { return __uint_as_float(x << 16); }
   DEVICE float high(u32 x) { return __uint_as_float(x & 0xffff0000); }
   DEVICE u32 word(float x, float y) {
@@ -101,12 +101,105 @@ template <typename E, int V> DEVICE Pack<E, V> load(const char* at) {
   return p;
 }
 
+// WORDS neighbouring words in shared memory, as one access.
+template <int WORDS> DEVICE void write_words(char* to, const u32 (&x)[WORDS]) {
+  if constexpr (WORDS == 1) {
+    *(u32*)to = x[0];
+  } else if constexpr (WORDS == 2) {
+    *(uint2*)to = make_uint2(x[0], x[1]);
+  } else {
+    *(uint4*)to = make_uint4(x[0], x[1], x[2], x[3]);
+  }
+}
+
+template <int WORDS> DEVICE void read_words(u32 (&x)[WORDS], const char* from) {
+  if constexpr (WORDS == 1) {
+    x[0] = *(const u32*)from;
+  } else if constexpr (WORDS == 2) {
+    const uint2 y = *(const uint2*)from;
+    x[0] = y.x, x[1] = y.y;
+  } else {
+    const uint4 y = *(const uint4*)from;
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+  }
+}
+
+// V elements in shared memory.
+template <typename E, int V> DEVICE Pack<E, V> take(const char* from) {
+  Pack<E, V> p;
+  if constexpr (p.BYTES == 2) {
+    p.w[0] = *(const u16*)from;
+  } else {
+    read_words(p.w, from);
+  }
+  return p;
+}
+
+template <typename E, int V> DEVICE void leave(char* to, const float (&x)[V]) {
+  if constexpr (E::BYTES == 4) {
+    u32 w[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) w[v] = E::word(x[v], 0.0f);
+    write_words(to, w);
+  } else if constexpr (V == 1) {
+    *(u16*)to = E::word(x[0], 0.0f);
+  } else {
+    const u32 w[1] = {E::word(x[0], x[1])};
+    write_words(to, w);
+  }
+}
+
+template <int BYTES> DEVICE void copy_async(char* shared, const char* from, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  const u32 to = __cvta_generic_to_shared(shared);
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
+  }
+#endif
+}
+
+// BYTES from global to shared memory, both aligned to them, without passing through registers on the way: there after
+// `copies_arrived`. Zeros if not `real`.
+template <int BYTES> DEVICE void copy(char* shared, const char* from, bool real) {
+  if constexpr (BYTES > 16) {
+    copy<16>(shared, from, real);
+    copy<BYTES - 16>(shared + 16, from + 16, real);
+  } else if constexpr (BYTES == 2) {
+    *(u16*)shared = real ? load_short(from) : 0;
+  } else {
+#if __CUDA_ARCH__ >= 800
+    copy_async<BYTES>(shared, from, real ? BYTES : 0);
+#else
+    Pack<Float, BYTES / 4> x = Pack<Float, BYTES / 4>::zero();
+    if (real) x = load<Float, BYTES / 4>(from);
+    write_words(shared, x.w);
+#endif
+  }
+}
+
+DEVICE void copies_arrived() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Stores under a predicate: as a branch, each would cost three instructions more.
 DEVICE void store_short(char* at, u32 x, int when) {
   asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.u16 [%0], %1;}" ::"l"(at), "r"(x), "r"(when) : "memory");
 }
 DEVICE void store_word(char* at, u32 x, int when) {
   asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.u32 [%0], %1;}" ::"l"(at), "r"(x), "r"(when) : "memory");
+}
+DEVICE void store_run(char* at, const u32 (&x)[1]) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(x[0]) : "memory");
+}
+DEVICE void store_run(char* at, const u32 (&x)[2]) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(x[0]), "r"(x[1]) : "memory");
+}
+DEVICE void store_run(char* at, const u32 (&x)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 DEVICE void store_words(char* at, u32 x, u32 y, int when) {
   asm volatile("{.reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2};}" ::"l"(at), "r"(x), "r"(y),
@@ -144,6 +237,72 @@ template <typename E, int V> DEVICE void store(char* at, const float (&x)[V], bo
   }
 }
 
+#if __CUDA_ARCH__ >= 900
+template <typename E> DEVICE void add_numbers(char* at, const u32 (&x)[1]) {
+  if constexpr (E::BYTES == 4) {
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at), "f"(__uint_as_float(x[0])) : "memory");
+  } else if constexpr (E::BRAIN) {
+    asm volatile("red.global.add.noftz.bf16x2 [%0], %1;" ::"l"(at), "r"(x[0]) : "memory");
+  } else {
+    asm volatile("red.global.add.noftz.f16x2 [%0], %1;" ::"l"(at), "r"(x[0]) : "memory");
+  }
+}
+template <typename E> DEVICE void add_numbers(char* at, const u32 (&x)[2]) {
+  if constexpr (E::BYTES == 4) {
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(__uint_as_float(x[0])), "f"(__uint_as_float(x[1]))
+                 : "memory");
+  } else if constexpr (E::BRAIN) {
+    asm volatile("red.global.add.noftz.v2.bf16x2 [%0], {%1, %2};" ::"l"(at), "r"(x[0]), "r"(x[1]) : "memory");
+  } else {
+    asm volatile("red.global.add.noftz.v2.f16x2 [%0], {%1, %2};" ::"l"(at), "r"(x[0]), "r"(x[1]) : "memory");
+  }
+}
+template <typename E> DEVICE void add_numbers(char* at, const u32 (&x)[4]) {
+  if constexpr (E::BYTES == 4) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(__uint_as_float(x[0])),
+                 "f"(__uint_as_float(x[1])), "f"(__uint_as_float(x[2])), "f"(__uint_as_float(x[3]))
+                 : "memory");
+  } else if constexpr (E::BRAIN) {
+    asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]),
+                 "r"(x[3])
+                 : "memory");
+  } else {
+    asm volatile("red.global.add.noftz.v4.f16x2 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]),
+                 "r"(x[3])
+                 : "memory");
+  }
+}
+#endif
+
+// BYTES of numbers in format E stored, or added to what is there (sm_90).
+template <int BYTES> DEVICE void store_chunk(char* at, const char* shared) {
+  if constexpr (BYTES == 2) {
+    store_short(at, *(const u16*)shared, true);
+  } else if constexpr (BYTES > 16) {
+    store_chunk<16>(at, shared);
+    store_chunk<BYTES - 16>(at + 16, shared + 16);
+  } else {
+    store_run(at, take<Float, BYTES / 4>(shared).w);
+  }
+}
+
+template <typename E, int BYTES> DEVICE void add_chunk(char* at, const char* shared) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (BYTES == 2) {
+    const u16 x = *(const u16*)shared;
+    if constexpr (E::BRAIN) {
+      asm volatile("red.global.add.noftz.bf16 [%0], %1;" ::"l"(at), "h"(x) : "memory");
+    } else {
+      asm volatile("red.global.add.noftz.f16 [%0], %1;" ::"l"(at), "h"(x) : "memory");
+    }
+  } else {
+    u32 x[BYTES / 4];
+    read_words(x, shared);
+    add_numbers<E>(at, x);
+  }
+#endif
+}
+
 // ---- Special functions.
 
 DEVICE float exp2_fast(float x) {
@@ -160,9 +319,18 @@ DEVICE float reciprocal(float x) {
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
-// log(1 + e) / e for 0 <= e <= 1. A polynomial (relative error 3e-8) where a logarithm would lose the small steps:
-// 1 + e rounds e away. It also leaves the special-function unit, the bottleneck, to the decays.
-DEVICE float log1p_over(float e) {
+// log(1 + e) / e for 0 <= e <= 1. A polynomial where a logarithm would lose the small steps: 1 + e rounds e away. It also
+// leaves the special-function unit, the bottleneck, to the decays. Relative error 3e-8, or 1.3e-6 for 16-bit inputs.
+template <bool SHORT> DEVICE float log1p_over(float e) {
+  if (SHORT) {
+    float p = 0.01414102f;
+    p = fmaf(p, e, -0.0664018f);
+    p = fmaf(p, e, 0.14922389f);
+    p = fmaf(p, e, -0.23503862f);
+    p = fmaf(p, e, 0.3310945f);
+    p = fmaf(p, e, -0.49986966f);
+    return fmaf(p, e, 0.99999873f);
+  }
   float p = 0.005232690833508968f;
   p = fmaf(p, e, -0.029505228623747826f);
   p = fmaf(p, e, 0.07822594791650772f);
@@ -175,9 +343,9 @@ DEVICE float log1p_over(float e) {
 }
 
 // softplus(x), and in `e` exp(-|x|), of which its slope is made.
-DEVICE float softplus(float x, float& e) {
+template <bool SHORT> DEVICE float softplus(float x, float& e) {
   e = exp2_fast(-fabsf(x) * LOG2E);
-  return fmaf(e, log1p_over(e), fmaxf(x, 0.0f));
+  return fmaf(e, log1p_over<SHORT>(e), fmaxf(x, 0.0f));
 }
 
 DEVICE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-x * LOG2E)); }

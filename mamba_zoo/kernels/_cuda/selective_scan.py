@@ -62,16 +62,19 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
     setup = call.setup
     contiguous = torch.contiguous_format
     written = torch.empty_like if s.complete else torch.zeros_like  # as in the forward pass
-    # One part per direction where u or z is shared by them, which the launch at the end sums.
-    grads = {
-        "u": written(s.u if setup.k == 1 else s.dt, memory_format=contiguous),
-        "dt": written(s.dt, memory_format=contiguous),
-    }
-    if s.z is not None:
-        grads["z"] = written(s.z if setup.k == 1 else s.dt, memory_format=contiguous)
+    # Directions that share u or z add to one gradient. For the same result every time they write a part each, which the
+    # launch at the end sums.
+    same = torch.are_deterministic_algorithms_enabled()
+    added = 0 if same else setup.added
+    grads = {"dt": written(s.dt, memory_format=contiguous)}
+    for bit, name, x in ((1, "u", s.u), (4, "z", s.z)):
+        if x is not None and added & bit:
+            grads[name] = torch.zeros_like(x, memory_format=contiguous)
+        elif x is not None:
+            grads[name] = written(x if setup.k == 1 else s.dt, memory_format=contiguous)
     if s.initial_state is not None:
         grads["initial_state"] = s.new_state()
-    sums = 2 if setup.blocks == 1 else 1 if torch.are_deterministic_algorithms_enabled() else 0
+    sums = 2 if setup.blocks == 1 else 1 if same else 0
     if sums == 2:
         grads["B"], grads["C"] = (written(x, memory_format=contiguous) for x in (s.B, s.C))
     out = {name: x.data_ptr() for name, x in grads.items()}
@@ -90,13 +93,13 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
     out["D"] = out["A"] + 4 * channels * setup.n
     out["dt_bias"] = out["D"] + 4 * channels
     if setup.chunks == 1:
-        call.launch("backward", out, sums=sums)
+        call.launch("backward", out, sums=sums, added=added)
     else:
         states = call.chunk_states(out)
         call.launch("forward", out, part=3)
         call.carry(states, reverse=True)
-        call.launch("backward", out, part=2, sums=sums)
-    names, total = setup.sums_of_parts(sums)
+        call.launch("backward", out, part=2, sums=sums, added=added)
+    names, total = setup.sums_of_parts(sums, added)
     results = {name: torch.empty_like(getattr(s, name), memory_format=contiguous) for name in names}
     total.launch([(out[name], x.data_ptr()) for name, x in results.items()])
     return grads | results  # only now may the memory of the parts be used again
@@ -144,9 +147,11 @@ class _Call:
         kernel = nvrtc.load(_plan.finish_source(self.s.u.dtype), "scan_carry", t.device)
         kernel.launch(-(-t.rows * t.k * t.n * t.d // 128), 128, packed)
 
-    def launch(self, kernel: str, out: dict[str, int], part: int = 0, sums: int = 0, keep: bool = False) -> None:
+    def launch(
+        self, kernel: str, out: dict[str, int], part: int = 0, sums: int = 0, added: int = 0, keep: bool = False
+    ) -> None:
         """Queue a pass; common.cu and backward.cu explain its numbers."""
-        loaded, blocks, threads, sizes = self.setup.kernel(kernel, part, sums, keep)
+        loaded, blocks, threads, sizes = self.setup.kernel(kernel, part, sums, added, keep)
         pointers = _POINTERS.pack(*self.pointers, *[out.get(name, 0) for name in _OUTPUTS])
         loaded.launch(blocks, threads, pointers + sizes)
 
@@ -169,15 +174,20 @@ class _Setup:
         self.y_shape = s.y_shape
         self.written_shape = self.rows_shape if k > 1 else self.y_shape
         self.u_shared, self.z_shared = (k > 1 and x is not None and x.dim() == 3 for x in (s.u, s.z))
+        self.added = self.u_shared + 4 * self.z_shared if _plan.adds_directions(k, nvrtc.capability(self.device)) else 0
         self.per_channel = [name for name in ("D", "dt_bias") if getattr(s, name) is not None]
         self._directions: _Sums | None = None
-        self._sums: dict[int, tuple[tuple[str, ...], _Sums]] = {}
+        self._sums: dict[tuple[int, int], tuple[tuple[str, ...], _Sums]] = {}
         tokens = [x for i, x in enumerate(rows) if x is not None and i not in (2, 3)]
-        self.width = 2 if d % 2 == 0 and all(_aligned(x, 2) for x in tokens) else 1
+        # Neighbouring channels that are read as one word.
+        chunk = next(
+            w for w in (8, 4, 2, 1) if w * s.u.itemsize <= 16 and d % w == 0 and all(_aligned(x, w) for x in tokens)
+        )
+        self.width = min(2, chunk)
         maps = [x for x in rows[2:4] if x is not None]
         map_width = next(w for w in (4, 2, 1) if self.n % w == 0 and all(_aligned(x, w) for x in maps))
         self.variant = Variant(
-            s.u.dtype, s.out_dtype, map_width, spacing, s.dt_softplus, s.z is not None,
+            s.u.dtype, s.out_dtype, map_width, chunk, spacing, s.dt_softplus, s.z is not None,
             empty=not s.complete and s.offsets is None, exact=self.n == _plan.padded(self.n),
         )  # fmt: skip
         programs = self.rows * k * d
@@ -186,11 +196,10 @@ class _Setup:
         if self.chunks == 1:
             self.chunk = max(self.m, 1)
         self.programs = programs * self.chunks
+        limit = nvrtc.shared_memory(self.device)
         self.launches = {
-            "forward": _plan.forward_launch(self.n, d, self.programs, self.width),
-            "backward": _plan.fit_shared(
-                _plan.backward_launch(self.n, d, self.programs, self.width), spacing, nvrtc.shared_memory(self.device)
-            ),
+            name: _plan.fit_shared(name, choose(self.n, d, self.programs, self.width), self.variant, limit)
+            for name, choose in (("forward", _plan.forward_launch), ("backward", _plan.backward_launch))
         }
         self.blocks = -(-d // self.launches["backward"].channels)  # of channels, in the backward pass
         self._strides = [stride for x in rows for stride in _strides(x)]
@@ -199,21 +208,21 @@ class _Setup:
         self._slots = slots
         self._kernels: dict[tuple, tuple[nvrtc.Kernel, int, int, bytes]] = {}
 
-    def kernel(self, name: str, part: int, sums: int, keep: bool) -> tuple[nvrtc.Kernel, int, int, bytes]:
+    def kernel(self, name: str, part: int, sums: int, added: int, keep: bool) -> tuple[nvrtc.Kernel, int, int, bytes]:
         """The compiled kernel, its blocks, threads per block, and what follows the pointers in its argument."""
-        key = (name, part, sums, keep)
+        key = (name, part, sums, added, keep)
         found = self._kernels.get(key)
         if found is None:
             found = self._kernels[key] = self._load(*key)
         return found
 
-    def _load(self, name: str, part: int, sums: int, keep: bool) -> tuple[nvrtc.Kernel, int, int, bytes]:
+    def _load(self, name: str, part: int, sums: int, added: int, keep: bool) -> tuple[nvrtc.Kernel, int, int, bytes]:
         launch = self.launches[name]
-        variant = self.variant.with_(part=part, sums=sums, keep=keep)
+        variant = self.variant.with_(part=part, sums=sums, added=added, keep=keep)
         blocks = -(-self.d // launch.channels)
         chunks = self.chunks - 1 if part in (1, 3) else self.chunks
         sizes = _SIZES.pack(*self._strides, *self._order_strides, *self._sizes, chunks, blocks, self._slots, self.scale)
-        shared = _plan.tile_states(launch, variant.spacing) if name == "backward" else 0
+        shared = _plan.shared_memory(name, launch, variant)
         loaded = nvrtc.load(_plan.source(name, launch, variant), f"scan_{name}", self.device, shared)
         return loaded, self.rows * chunks * self.k * blocks, launch.threads, sizes
 
@@ -229,19 +238,19 @@ class _Setup:
             self._directions = _Sums([_Sum(half, half, total, self.k, self.d, self.scale)], self.out_dtype, self.device)
         return self._directions
 
-    def sums_of_parts(self, sums: int) -> tuple[tuple[str, ...], _Sums]:
+    def sums_of_parts(self, sums: int, added: int) -> tuple[tuple[str, ...], _Sums]:
         """Gradients that the backward kernel writes in parts: their names, and the launch that sums the parts."""
-        found = self._sums.get(sums)
+        found = self._sums.get((sums, added))
         if found is None:
-            found = self._sums[sums] = self._plan_sums(sums)
+            found = self._sums[sums, added] = self._plan_sums(sums, added)
         return found
 
-    def _plan_sums(self, sums: int) -> tuple[tuple[str, ...], _Sums]:
+    def _plan_sums(self, sums: int, added: int) -> tuple[tuple[str, ...], _Sums]:
         half, runs, channels = self.dtype != torch.float32, self.rows * self.chunks, self.k * self.d
         tokens, maps = math.prod(self.rows_shape) // self.k, self.maps_size
         jobs: dict[str, _Sum] = {}
-        for name, shared in (("u", self.u_shared), ("z", self.z_shared)):
-            if shared:
+        for name, parts in (("u", self.u_shared and not added & 1), ("z", self.z_shared and not added & 4)):
+            if parts:
                 jobs[name] = _Sum(half, half, tokens, self.k, self.d)
         if sums != 2:
             count = self.blocks if sums == 1 else 1
@@ -311,8 +320,10 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def _aligned(x: Tensor, width: int) -> bool:
-    """Whether any `width` neighbours that start at a multiple of `width` can be read at once."""
-    return x.data_ptr() % (width * x.element_size()) == 0 and all(stride % width == 0 for stride in x.stride()[:-1])
+    """Whether any `width` neighbours that start at a multiple of `width` can be read at once, 16 bytes at a time."""
+    size = x.element_size()
+    step = min(16, width * size)
+    return x.data_ptr() % step == 0 and all(stride * size % step == 0 for stride in x.stride()[:-1])
 
 
 def _address(x: Tensor | None) -> int:
