@@ -12,6 +12,8 @@ import torch
 FORMATS = {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat"}
 WINDOW = 256  # steps of the backward pass whose tokens are in shared memory
 _FULL = 30_000  # threads that fill a large GPU: 2 to 3 warps per scheduler
+_ENOUGH = 20_000  # threads where more of them cost more than they hide
+_MANY = 150_000  # channels in all, with one or two states
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def padded(n: int) -> int:
 
 
 def spacing(n: int, row_bytes: float) -> int:
-    """Steps between kept states: few enough that they take at most a fifth of the inputs' memory.
+    """Steps between kept states: few enough that they take about an eighth of the inputs' memory.
 
     Args:
         n: States, before padding.
@@ -71,7 +73,7 @@ def spacing(n: int, row_bytes: float) -> int:
     """
     longest = 128 if n <= 64 else 64 if n <= 128 else 16
     for steps in (16, 32, 64):
-        if steps >= longest or 4 * n / steps <= 0.19 * row_bytes:
+        if steps >= longest or 4 * n / steps <= 0.12 * row_bytes:
             return min(steps, longest)
     return longest
 
@@ -81,10 +83,12 @@ def forward_launch(n: int, d: int, programs: int, width: int) -> Launch:
     """The forward kernel's launch for `programs` = rows x directions x chunks x channels, `width` channels aligned."""
     N = padded(n)
     if N <= 2:
+        if programs >= _MANY:
+            return _fit(Launch(N, 1, width, 8, 64, 8), d)
         # Two channels a thread, unless a warp's 64 would then leave idle what 32 fill.
         return _fit(Launch(N, 1, 1 if d % 64 == 32 else width, 16, 96, 4), d)
     lanes = max(1, N // 16)
-    while lanes < min(8, max(4, N // 16)) and programs * lanes < _FULL and lanes < N:
+    while lanes < min(8, max(4, N // 16)) and programs * lanes < (_FULL if lanes == 1 else _ENOUGH) and lanes < N:
         lanes *= 2
     if N == 256:
         lanes = 8
@@ -103,11 +107,13 @@ def backward_launch(n: int, d: int, programs: int, width: int) -> Launch:
     """The backward kernel's launch. The states of a tile fill the registers, so T falls as S rises."""
     N = padded(n)
     if N <= 2:
-        return _fit(Launch(N, 1, width, 8, 64, 4), d)
+        return _fit(Launch(N, 1, width, 16, 64, 4) if programs >= _MANY else Launch(N, 1, 1, 16, 96, 4), d)
     if N <= 4:
         return _fit(Launch(N, 1, 1, 8, 128, 3), d)
     if N == 8 and programs >= _FULL:
         return _fit(Launch(N, 1, 1, 8, 128, 2), d)
+    if N == 16 and programs >= _FULL and width == 2:
+        return _fit(Launch(N, 4, 2, 8, 64, 4), d)
     if N <= 16:
         return _fit(Launch(N, N // 4, 1, 8, 64, 6), d)
     lanes = min(8, N // 8)
