@@ -186,23 +186,3 @@ class HorizonErrors(Metric):
             "mse_steps": self.squared / self.count,
             "mae_steps": self.absolute / self.count,
         }
-
-
-def known_error(found: Tensor, wanted: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The mean error over all known values, and of each window `(b,)`.
-
-    Args:
-        found: `(b, steps, v)`.
-        wanted: The same shape, NaN where nothing is known.
-        kind: "mse", "mae" or "huber".
-    """
-    known = ~wanted.isnan()
-    error = torch.where(known, found.float() - wanted, 0.0)
-    if kind == "mse":
-        error = error.square()
-    elif kind == "mae":
-        error = error.abs()
-    else:
-        error = nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none")
-    total, count = error.sum((1, 2)), known.sum((1, 2))
-    return total.sum() / count.sum().clamp(min=1), total.detach() / count.clamp(min=1)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._series_task import HorizonErrors, Schedule, SeriesTask, build_series_model, known_error
+from ._series_loss import Weighting, known_error, step_weights, without_frequencies
+from ._series_task import HorizonErrors, Schedule, SeriesTask, build_series_model
 from .running import write_csv
 
 _SHOWN = 4  # windows in the picture of forecasts
@@ -33,6 +34,10 @@ class Forecaster(SeriesTask):
         seq_len: Steps that the model reads.
         pred_len: Steps to forecast.
         loss: "mse", "mae" or "huber".
+        weighting: How much the steps ahead count in the loss: "even"; "root", the i-th by i^-1/2 (arXiv:2305.12095);
+            "arctan", by 1 + pi/4 - arctan(i), a fifth of the first at last (arXiv:2412.17323).
+        mask_frequencies: Part of the frequencies that are taken out of each training window and of what follows it, at
+            random (arXiv:2302.09292); 0 is off.
         schedule: See `SeriesTask`.
         patience: See `SeriesTask`.
         keep_best: See `SeriesTask`.
@@ -80,6 +85,8 @@ class Forecaster(SeriesTask):
         seq_len: int = 96,
         pred_len: int = 96,
         loss: Literal["mse", "mae", "huber"] = "mse",
+        weighting: Weighting = "even",
+        mask_frequencies: float = 0.0,
         schedule: Schedule = "cosine",
         patience: int | None = None,
         keep_best: bool = True,
@@ -104,6 +111,8 @@ class Forecaster(SeriesTask):
             raise ValueError(f"pred_len={pred_len}; a forecast needs at least 1 step")
         if loss not in ("mse", "mae", "huber"):
             raise ValueError(f"loss={loss!r} is unknown; choose mse, mae or huber")
+        if not 0 <= mask_frequencies < 1:
+            raise ValueError(f"mask_frequencies={mask_frequencies} must be at least 0 and below 1")
         sizes = {"in_chans": in_chans, "seq_len": seq_len, "pred_len": pred_len}
         model = build_series_model(name, scan, correlation, sizes, net, published, checkpoint_path)
         super().__init__(
@@ -113,6 +122,8 @@ class Forecaster(SeriesTask):
         self.save_hyperparameters()
         self.reads_marks = marks
         self.seq_len, self.pred_len, self.loss, self.season = seq_len, pred_len, loss, season
+        self.mask_frequencies = mask_frequencies
+        self.register_buffer("step_weights", step_weights(weighting, pred_len), persistent=False)
         self.columns = columns or [str(i) for i in range(in_chans)]
         self.mean, self.deviation = mean or [0.0] * in_chans, deviation or [1.0] * in_chans
         self.val_errors = HorizonErrors(pred_len)
@@ -129,7 +140,9 @@ class Forecaster(SeriesTask):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        loss, of_windows = known_error(self.predictions(batch), batch[1], self.loss)
+        if self.mask_frequencies:
+            batch = (*without_frequencies(*batch[:2], self.mask_frequencies), *batch[2:])
+        loss, of_windows = known_error(self.predictions(batch), batch[1], self.loss, self.step_weights)
         if hasattr(self.net, "record"):
             self.net.record(of_windows)  # type: ignore[operator] - MambaTS learns which order costs least
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(batch[0]))
