@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ._gaps import interpolate, random_gaps
-from ._series_task import HorizonErrors, Schedule, SeriesTask, build_series_model, known_error
+from ._series_loss import known_error
+from ._series_task import HorizonErrors, Schedule, SeriesTask, build_series_model
 
 _SHOWN = 4
 
