@@ -2,6 +2,7 @@
 // shared memory while the current one is computed, and rows of y leave through it.
 //
 // KEEP: write the state every SPACING steps for the backward pass.
+// ADDED: 1 if all directions add to one y, times the scale.
 // PART 0: whole rows. 1: only the final state and the summed step size of every chunk, from a zero state.
 //      2: every chunk from the state that `scan_carry` found for its beginning.
 //      3: as 1 but for the backward pass: the gradient of the state at the beginning of every chunk, walking back from
@@ -41,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   char* const leaving = stage + 2 * STAGE;
   const int local = at.channel - at.block * CHANNELS;  // this thread's first channel in a staged row
   const Rows C = Rows::of(p.C, p.sC, at, 0), B = BACK ? C : Rows::of(p.B, p.sB, at, 0);
-  const Outgoing outgoing = Outgoing::of(p, at, output_rows(p, p.y, at, false, Out::BYTES));
+  const Outgoing outgoing = Outgoing::of(p, at, output_rows(p, p.y, at, ADDED, Out::BYTES));
   const bool sender = sends(p, at);
   const int* order = order_of(p, at);
 
@@ -175,6 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
             float gate = zs.at(v);
             out[v] *= gate * sigmoid(gate);
           }
+          if (ADDED) out[v] *= p.scale;
         }
         char* to = leaving + buffer * Outgoing::SIZE + ((i * GROUP + own) * CHANNELS + local) * Out::BYTES;
         if (q < GROUP) leave<Out, V>(to, out);
@@ -191,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
     }
     copies_arrived();
     __syncthreads();
-    if (OUTPUT) outgoing.send<Out>(leaving + buffer * Outgoing::SIZE, tokens, end - step, 0, sender);
+    if (OUTPUT) outgoing.send<Out>(leaving + buffer * Outgoing::SIZE, tokens, end - step, ADDED, sender);
   }
 
   if (!OUTPUT) {

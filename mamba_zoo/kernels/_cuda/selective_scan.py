@@ -38,17 +38,18 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
     call = _Call(s)
     setup = call.setup
     # Tokens that no direction visits stay zero.
-    y = (s.u.new_empty if s.complete else s.u.new_zeros)(setup.written_shape, dtype=s.out_dtype)
+    zeros = setup.adds_y or not s.complete
+    y = (s.u.new_zeros if zeros else s.u.new_empty)(setup.written_shape, dtype=s.out_dtype)
     saved = s.u.new_empty(setup.saved_shape, dtype=torch.float32) if save else None
     final = s.new_state() if want_final else None
     out = {"y": y.data_ptr(), "saved": _address(saved), "final": _address(final)}
     if setup.chunks == 1:
-        call.launch("forward", out, keep=save)
+        call.launch("forward", out, keep=save, added=setup.adds_y)
     else:
         states = call.chunk_states(out)
         call.launch("forward", out, part=1)
         call.carry(states, reverse=False)
-        call.launch("forward", out, part=2, keep=save)
+        call.launch("forward", out, part=2, keep=save, added=setup.adds_y)
     if setup.written_shape != setup.y_shape:
         whole = s.u.new_empty(setup.y_shape, dtype=s.out_dtype)
         setup.sum_of_directions().launch([(y.data_ptr(), whole.data_ptr())])
@@ -172,9 +173,12 @@ class _Setup:
         self.saved_shape = (runs, slots, self.n, d)
         self.maps_size = s.B.numel()
         self.y_shape = s.y_shape
-        self.written_shape = self.rows_shape if k > 1 else self.y_shape
+        can_add = _plan.adds_directions(k, nvrtc.capability(self.device))
+        # The sum of two is the same in any turn, so y is the same in every run.
+        self.adds_y = int(can_add and k == 2 and self.y_shape != self.rows_shape)
+        self.written_shape = self.rows_shape if k > 1 and not self.adds_y else self.y_shape
         self.u_shared, self.z_shared = (k > 1 and x is not None and x.dim() == 3 for x in (s.u, s.z))
-        self.added = self.u_shared + 4 * self.z_shared if _plan.adds_directions(k, nvrtc.capability(self.device)) else 0
+        self.added = self.u_shared + 4 * self.z_shared if can_add else 0
         self.per_channel = [name for name in ("D", "dt_bias") if getattr(s, name) is not None]
         self._directions: _Sums | None = None
         self._sums: dict[tuple[int, int], tuple[tuple[str, ...], _Sums]] = {}
