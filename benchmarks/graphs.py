@@ -105,6 +105,19 @@ _MOLECULES = Benchmark(
         {"options": {"drop_rate": 0.5, "depth": 2, "global_pool": "mean", "dim": 64}},
         {"options": {"drop_rate": 0.5, "depth": 2}, "model": {"ema_decay": 0.95}},
         {"options": {"drop_rate": 0.2, "dim": 16}, "model": {"ema_decay": 0.95}},
+        {"options": {"drop_rate": 0.3, "pe_dim": 8}, "model": {"ema_decay": 0.95}, "data": {"pe": "rwse"}},
+        {"options": {"drop_rate": 0.5, "depth": 2, "pe_dim": 8}, "model": {"ema_decay": 0.95}, "data": {"pe": "rwse"}},
+        {"options": {"drop_rate": 0.2}, "model": {"ema_decay": 0.95, "label_smoothing": 0.1}},
+        {"options": {"drop_rate": 0.5, "head_layers": 2}, "model": {"ema_decay": 0.98, "lr": 0.005}},
+        {
+            "options": {"drop_rate": 0.3},
+            "model": {"ema_decay": 0.95, "label_smoothing": 0.1, "lr": 0.01},
+            "mamba": {"ties": "random", "num_order_samples": 5},
+        },
+        {
+            "options": {"drop_rate": 0.5, "depth": 2, "global_pool": "mean", "dim": 64},
+            "model": {"ema_decay": 0.95, "label_smoothing": 0.1, "lr": 0.005},
+        },
     ),
 )
 BENCHMARKS = {
@@ -165,8 +178,9 @@ def settings(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     options, model, data = {**b.options, **own}, dict(b.model), dict(b.data)
     if job.trial is not None:
         trial = b.trials[job.trial]
-        options |= trial["options"]
+        options |= trial["options"] | (trial.get("mamba", {}) if job.model == "graph_mamba" else {})
         model |= trial.get("model", {})
+        data |= trial.get("data", {})
     if b.folds > 1:
         data |= {"folds": 10, "fold": job.fold, "validate_on_test": not job.is_trial}
     elif b.task == "graph-regression":

@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import _triton
+
 _BLOCK = 1 << 25  # distances held at once: 128 MB in float32
+_ONE_PROGRAM = 8192  # points of a cloud that one Triton program keeps in registers
 
 
 @torch.library.custom_op("mamba_zoo::furthest_points", mutates_args=())
 def _furthest_points(xyz: Tensor, count: int) -> Tensor:
     points = xyz.float()
     b, n, _ = points.shape
+    if xyz.is_cuda and n <= _ONE_PROGRAM and _triton.refuse("cuda", points.dtype) is None:
+        from ..kernels._triton.furthest_points import furthest_points as in_one_kernel
+
+        return in_one_kernel(points, count)
     chosen = torch.zeros(b, count, dtype=torch.int64, device=xyz.device)
     nearest = points.new_full((b, n), torch.inf)
     rows = torch.arange(b, device=xyz.device)

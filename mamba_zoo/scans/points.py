@@ -17,6 +17,7 @@ from ._cloud import PointScanLike, cloud_order, cloud_spec
 from ._registry import register_sample_order
 
 _CELL = 0.02  # side of a cell, in the units of the points: what PointMamba and PCM use in a unit sphere
+_FEW = 256  # points whose spectrum is computed on a CPU
 _DEEPEST = 21  # three axes of so many bits fit an int64
 _AXES = {"x": 0, "y": 1, "z": 2}
 
@@ -187,16 +188,17 @@ def spectral(xyz: Tensor, neighbours: int = 8) -> Tensor:
         raise ValueError(
             f"scan 'spectral' needs all {n} x {n} distances; use 'hilbert', or sample 4096 points or fewer"
         )
-    points = xyz.double()
+    # A GPU solves many small eigenproblems one after the other, slower than a CPU does.
+    points = xyz.double().cpu() if n <= _FEW else xyz.double()
     squared = torch.cdist(points, points).square()
     near = squared.topk(min(neighbours + 1, n), dim=-1, largest=False).values[..., 1:]
     scale = near.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12) if n > 1 else squared.new_ones(b, 1, 1)
     weights = torch.exp(-squared / scale) + 1e-9  # no part is quite cut off, so that the vector is unique
     degree = weights.sum(-1).rsqrt()
-    laplacian = torch.eye(n, dtype=points.dtype, device=xyz.device) - degree[:, :, None] * weights * degree[:, None]
+    laplacian = torch.eye(n, dtype=points.dtype, device=points.device) - degree[:, :, None] * weights * degree[:, None]
     vector = torch.linalg.eigh(laplacian).eigenvectors[..., min(1, n - 1)] * degree
     sign = torch.where((vector * points[..., 0]).sum(-1, keepdim=True) < 0, -1.0, 1.0)
-    return _sorted(vector * sign)
+    return _sorted(vector * sign).to(xyz.device)
 
 
 def zcurve_code(grid: Tensor) -> Tensor:

@@ -253,7 +253,9 @@ def test_furthest_points_are_the_greedy_ones(device):
         for i in range(1, 20):
             nearest = torch.cdist(cloud, cloud[chosen[:i]]).amin(1)
             assert nearest[chosen[i]] == pytest.approx(float(nearest.max()), rel=1e-5)
-    assert torch.equal(furthest_points(torch.zeros(1, 4, 3), 3), torch.zeros(1, 3, dtype=torch.int64))
+    assert torch.equal(index, furthest_points(x.cpu(), 20)), "the same points on every device"
+    zeros = torch.zeros(1, 4, 3, device=device)
+    assert torch.equal(furthest_points(zeros, 3), torch.zeros(1, 3, dtype=torch.int64, device=device))
 
 
 def test_neighbours_groups_and_interpolation(device, monkeypatch):

@@ -123,6 +123,16 @@ if INTERPRETED:
         assert_agrees(make_problem(b=1, l=5, k=1, d=3, n=2), "triton")
         check_convolution(torch.device("cpu"), torch.float32, None, "silu", l=3, b=1)
 
+    @pytest.mark.parametrize(("n", "count"), [(100, 100), (64, 5), (1, 1)])
+    def test_furthest_points(n, count):
+        from mamba_zoo.backbones import _points
+        from mamba_zoo.kernels._triton.furthest_points import furthest_points
+
+        clouds = torch.randn(3, n, 3)
+        clouds[1] = 0
+        clouds[2] = clouds[2].round()  # with many equal distances
+        assert torch.equal(furthest_points(clouds, count), _points.furthest_points(clouds, count))
+
     def test_the_interpreter_is_never_chosen():
         from mamba_zoo.kernels._backend import choose
 
@@ -143,7 +153,7 @@ else:
             text=True,
         )
         assert run.returncode == 0, run.stdout[-3000:]
-        assert f"{len(SCANS) + len(CONVOLUTIONS) + len(DUALS) + 3} passed" in run.stdout, run.stdout[-500:]
+        assert f"{len(SCANS) + len(CONVOLUTIONS) + len(DUALS) + 6} passed" in run.stdout, run.stdout[-500:]
 
     @pytest.mark.parametrize(("n", "arch"), [(1, 90), (16, 80), (16, 90)])
     def test_scan_keeps_its_states_in_registers(n, arch):
