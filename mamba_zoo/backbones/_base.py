@@ -14,6 +14,7 @@ from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from ._block import LayerNorm, add_residual
+from ._cast import weights_cast
 from ._embed import check_image, remove_token
 
 # torch.fx takes these whole, in every file that calls them: they look at shapes and dtypes.
@@ -65,7 +66,8 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(b, c, h, w)` to logits `(b, num_classes)`."""
-        return self.forward_head(self.forward_features(x))
+        with weights_cast(self, x):
+            return self.forward_head(self.forward_features(x))
 
 
 class Stage(nn.Module):

@@ -1,0 +1,106 @@
+"""Weights that autocast would cast one after another, cast together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
+from torch.autograd.function import once_differentiable
+
+from ..kernels._op import watched
+from ._ssm import DirectionLinear
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DirectionLinear)
+_Place = tuple[dict[str, Any], str, nn.Parameter]  # the parameters of a layer, a name among them, and what is there
+_known: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
+
+
+def weights_cast(model: nn.Module, x: Any) -> AbstractContextManager[Any]:
+    """A context within which the float32 weights of linear layers and convolutions have autocast's dtype.
+
+    The numbers are those of autocast, which launches a kernel for every weight, and in the backward pass another for
+    its gradient: of the kernels of VMamba-T a third. All gradients arrive together at the end of the backward pass.
+    Nothing changes without autocast, where a compiler or a transform looks on, or where processes exchange gradients as
+    they come.
+
+    Args:
+        model: Called within the context.
+        x: What it is called with; says on which device autocast must be on.
+    """
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type) or watched((x,)) or _distributed():
+        return nullcontext()
+    places = _known.get(model)
+    if places is None or any(where[name] is not weight for where, name, weight in places):
+        places = _known[model] = _places(model, x.device)
+    return _replaced(places, torch.get_autocast_dtype(x.device.type)) if places else nullcontext()
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _places(model: nn.Module, device: torch.device) -> list[_Place]:
+    found = [
+        (layer._parameters, name, weight)
+        for layer in model.modules()
+        if isinstance(layer, _LAYERS)
+        for name, weight in layer._parameters.items()
+        # No subclass of tensors, and nothing that was put there for a while, as this file does.
+        if type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device == device
+        if weight.is_contiguous()
+    ]
+    # Odd sizes last, so that all others begin at a multiple of 16 bytes.
+    return sorted(found, key=lambda place: place[2].numel() % 8 != 0)
+
+
+@contextmanager
+def _replaced(places: list[_Place], dtype: torch.dtype) -> Iterator[None]:
+    weights = [weight for _, _, weight in places]
+    casts = _Cast.apply(dtype, *weights) if torch.is_grad_enabled() else _as_dtype(weights, dtype)
+    for (where, name, _), cast in zip(places, casts, strict=True):
+        where[name] = cast
+    try:
+        yield
+    finally:
+        for where, name, weight in places:
+            where[name] = weight
+
+
+def _as_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Contiguous tensors of one dtype, copied to another within one piece of memory."""
+    flat = tensors[0].new_empty(sum(x.numel() for x in tensors), dtype=dtype)
+    parts = _unflatten_dense_tensors(flat, tensors)
+    torch._foreach_copy_(parts, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+    return tuple(parts)
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = weights[0].dtype
+        return _as_dtype(weights, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * len(grads)
+        together: dict[int, Tensor] = {}
+        for i, grad in enumerate(grads):
+            if grad is None or not ctx.needs_input_grad[i + 1]:
+                continue
+            if grad.is_contiguous():
+                together[i] = grad
+            else:
+                found[i] = grad.to(ctx.dtype)
+        if together:
+            for i, grad in zip(together, _as_dtype(list(together.values()), ctx.dtype), strict=True):
+                found[i] = grad
+        return None, *found

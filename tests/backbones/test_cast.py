@@ -1,0 +1,72 @@
+"""Weights cast together: what autocast computes, and nothing left behind."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mamba_zoo
+from mamba_zoo.backbones import _base
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(0)
+    return mamba_zoo.create_model(name, num_classes=8).train()
+
+
+def autocast(enabled: bool = True):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    with autocast():
+        y = model(x)
+    y.float().logsumexp(-1).sum().backward()
+    return {"y": y.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["vmamba_mini", "vim_mini"])
+def test_equals_autocast(name, monkeypatch):
+    model, x = build(name), torch.randn(2, 3, 64, 64)
+    model.head.requires_grad_(False)
+    ours = gradients(model, x)
+    monkeypatch.setattr(_base, "weights_cast", lambda model, x: nullcontext())
+    theirs = gradients(model, x)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_layers_see_the_dtype_of_autocast(on):
+    model, seen = build("vmamba_mini").eval(), []
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    layers[0].register_forward_hook(lambda layer, *_: seen.append(layer.weight.dtype))
+    with autocast(on), torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert seen == [torch.bfloat16 if on else torch.float32]
+
+
+def test_weights_are_back_after_an_error():
+    model = build("vmamba_mini")
+    before = dict(model.named_parameters())
+    with autocast(), pytest.raises(ValueError, match="expected images"):
+        model(torch.randn(1, 4, 64, 64))
+    assert all(p is before[name] for name, p in model.named_parameters())
+
+
+def test_weights_may_be_exchanged_between_calls():
+    """Loaded with `assign`, moved to another dtype, or in layers that came later."""
+    model, x = build("vmamba_mini").eval(), torch.randn(1, 3, 64, 64)
+    with autocast(), torch.no_grad():
+        before = model(x)
+        model.load_state_dict({k: v * 0 for k, v in model.state_dict().items()}, assign=True)
+        assert float(model(x).abs().max()) == 0 != float(before.abs().max())
+        model.reset_classifier(3)
+        nn.init.ones_(model.head.fc.bias)
+        assert model(x).shape == (1, 3)
+        model.bfloat16()
+        assert model(x).dtype == torch.bfloat16
