@@ -109,7 +109,8 @@ class DGCNN(_Baseline):
         super().__init__(sum(widths), num_classes, num_shapes, drop_rate)
         self.neighbours = neighbours
         self.convs = nn.ModuleList(
-            edge_conv(_mlp(2 * dim, out), aggr="max") for dim, out in zip([3, *widths[:-1]], widths, strict=True)
+            edge_conv(_mlp(2 * dim, out), aggr=_max_of_each())
+            for dim, out in zip([3, *widths[:-1]], widths, strict=True)
         )
 
     def forward(self, x: Tensor, shape: Tensor | None = None) -> Tensor:
@@ -153,7 +154,7 @@ class PointNet2(_Baseline):
         super().__init__(256 + 3, num_classes, None, drop_rate)
         self.centres, self.neighbours = tuple(centres), neighbours
         self.convs = nn.ModuleList(
-            conv(nn.Sequential(_mlp(dim + 3, out), _mlp(out, out)), add_self_loops=False)
+            conv(nn.Sequential(_mlp(dim + 3, out), _mlp(out, out)), add_self_loops=False, aggr=_max_of_each())
             for dim, out in ((3, 128), (128, 256))
         )
 
@@ -180,15 +181,27 @@ def _edges(index: Tensor, n: int) -> Tensor:
     return torch.stack([source.flatten(), target])
 
 
+def _max_of_each() -> Any:
+    """The maximum over the neighbours of each point, which are as many for all and listed one point after the other."""
+    base = _pyg("Aggregation", "aggr")
+
+    class MaxOfEach(base):
+        def forward(self, x: Tensor, index: Tensor, ptr: Any = None, dim_size: Any = None, dim: int = -2):
+            # PyG's own scatters every message by atomic operations, forward and backward.
+            return x.view(dim_size, -1, x.shape[-1]).amax(1)
+
+    return MaxOfEach()
+
+
 def _mlp(dim: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, out, bias=False), nn.BatchNorm1d(out), nn.LeakyReLU(0.2))
 
 
-def _pyg(name: str) -> Any:
+def _pyg(name: str, part: str = "conv") -> Any:
     try:
         import torch_geometric.nn
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "the baselines of point tasks are layers of PyTorch Geometric: pip install 'mamba_zoo[graph]'"
         ) from error
-    return getattr(torch_geometric.nn, name)
+    return getattr(getattr(torch_geometric.nn, part), name)

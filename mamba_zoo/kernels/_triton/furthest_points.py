@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -39,5 +41,6 @@ def furthest_points(points: Tensor, count: int) -> Tensor:
     chosen = torch.empty(b, count, dtype=torch.int64, device=points.device)
     block = triton.next_power_of_2(n)
     warps = min(16, max(1, block // 256))
-    _choose[(b,)](points, chosen, n, count, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
+    launch: Any = _choose[(b,)]
+    launch(points, chosen, n, count, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
     return chosen
