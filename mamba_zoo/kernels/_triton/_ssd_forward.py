@@ -3,6 +3,9 @@
 A program takes one head (and a block of its channels) through one segment, chunk after chunk, with its state in
 registers. Four products of matrices make a chunk: C with the state, C with B, their masked product with x, and B with
 x for the next state.
+
+Tokens are read one chunk ahead: were they read in the turn that uses them, Triton would copy them to shared memory in
+the same queue as the tiles they point to, and every turn would wait for the tiles of the next.
 """
 # Pyright takes functions that call the kernel language to never return.
 # pyright: reportGeneralTypeIssues=false
@@ -62,8 +65,10 @@ def ssd_forward(
     deltas += steps
     sums_of_steps += steps
     total = tl.load(sums_of_steps + tl.full((), first, tl.int64) * h * Q + Q - 1, mask=first < last, other=0.0)
+    upcoming = tokens_of_chunk(order, first, m, Q)
     for chunk in range(first, last):
-        tokens = tokens_of_chunk(order, chunk, m, Q)
+        tokens = upcoming
+        upcoming = tokens_of_chunk(order, chunk + 1, m, Q)
         maps_in = load_tile(B, tokens, B_l * VN, state_lane, state_ok, WIDE).to(DTYPE)
         maps_out = load_tile(C, tokens, C_l * VN, state_lane, state_ok, WIDE).to(DTYPE)
         value = load_tile(x, tokens, x_l * V, lane, lane_ok, WIDE)
@@ -129,10 +134,12 @@ def ssd_states(
     sums_of_steps += steps
     begin = last - 1 if REVERSE else first
     total = tl.load(sums_of_steps + tl.full((), begin, tl.int64) * h * Q + Q - 1, mask=first < last, other=0.0)
+    upcoming = tokens_of_chunk(order, tl.maximum(begin, 0), m, Q)
     for i in range(last - first):
         chunk = last - 1 - i if REVERSE else first + i
         next_chunk = chunk - 1 if REVERSE else chunk + 1
-        tokens = tokens_of_chunk(order, chunk, m, Q)
+        tokens = upcoming
+        upcoming = tokens_of_chunk(order, tl.maximum(next_chunk, 0), m, Q)
         rows_in = load_tile(maps, tokens, M_l * VN, state_lane, state_ok, WIDE).to(DTYPE)
         value = load_tile(values, tokens, v_l * V, lane, lane_ok, WIDE).to(tl.float32)
         at = tl.full((), chunk, tl.int64) * h * Q

@@ -44,9 +44,10 @@ class Shape:
 # halves; otherwise they do the same work twice, and Triton 3.6 may read operands of the second half beyond the tile:
 # on an H100, float32 tiles of 16 states were wrong or failed with eight warps and right with four.
 # What the compiler says for sm_90 (triton 3.6; 128 states, 64 channels a head): registers of a lane, bytes that it
-# spills, shared memory; bfloat16: 255, 304, 92 kB; 110, 0, 58 kB; 227, 0, 98 kB; 236, 0, 91 kB.
-FORWARD, STATES, HEADS, MAPS = Shape(4, 3), Shape(8, 3), Shape(4), Shape(8, 2)
-# Float32 operands take twice the room; float16 tokens: 255, 56, 66 kB; 103, 0, 16 kB; 255, 944, 66 kB; 255, 408, 49 kB.
+# spills, shared memory; bfloat16: 255, 320, 91 kB; 97, 0, 82 kB; 227, 0, 98 kB; 228, 0, 140 kB.
+FORWARD, STATES, HEADS, MAPS = Shape(4, 2), Shape(8, 3), Shape(4), Shape(8, 3)
+_SHARED = 144 * 1024  # bytes that MAPS needs at most; GPUs with less (8.6, 8.9, 12.0) get a stage less
+# Float32 operands take twice the room; float16 tokens: 255, 64, 66 kB; 128, 0, 37 kB; 255, 944, 66 kB; 255, 408, 49 kB.
 WIDE_FORWARD, WIDE_STATES, WIDE_HEADS, WIDE_MAPS = Shape(4), Shape(8, 2), Shape(4), Shape(4)
 
 
@@ -116,7 +117,7 @@ def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]
     return {name: grads[name].to(t.dtype).contiguous() for name, t in s.differentiable().items()}
 
 
-def launch_shape(kernel: str, n: int, p: int, dtype: torch.dtype) -> tuple[Shape, int]:
+def launch_shape(kernel: str, n: int, p: int, dtype: torch.dtype, shared: int = _SHARED) -> tuple[Shape, int]:
     """How a kernel is launched, and the channels of a head that a program takes at once.
 
     Args:
@@ -124,6 +125,7 @@ def launch_shape(kernel: str, n: int, p: int, dtype: torch.dtype) -> tuple[Shape
         n: States.
         p: Channels of a head.
         dtype: Of the tokens.
+        shared: Bytes of shared memory that a program may use.
     """
     channels = min(64 if dtype == torch.bfloat16 and n <= 128 else 32, max(16, _power_of_two(p)))
     if dtype != torch.bfloat16:
@@ -133,7 +135,8 @@ def launch_shape(kernel: str, n: int, p: int, dtype: torch.dtype) -> tuple[Shape
     if kernel == "maps":
         warps = shape.warps if n > 32 else 4
         # The blocks of channels are unrolled, and so would be their buffers; those of many states do not fit.
-        shape = Shape(warps, 1 if p > channels or n > 128 else shape.stages)
+        stages = shape.stages if shared >= _SHARED else 2
+        shape = Shape(warps, 1 if p > channels or n > 128 else stages)
     return shape, channels
 
 
@@ -206,7 +209,8 @@ class _Call:
 
     def options(self, kernel: str) -> dict[str, int]:
         """For the launch of a kernel."""
-        return launch_shape(kernel, self.s.n, self.s.p, self.s.x.dtype)[0].options()
+        x = self.s.x
+        return launch_shape(kernel, self.s.n, self.s.p, x.dtype, _shared(x.device))[0].options()
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A result in rows of tokens, zero under those that are not visited."""
@@ -266,6 +270,13 @@ def _serves(s: SsdArgs) -> bool:
 @lru_cache(maxsize=16)
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=16)
+def _shared(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _strides(x: Tensor, per: int) -> tuple[int, ...]:
