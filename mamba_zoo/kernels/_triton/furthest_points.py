@@ -42,5 +42,6 @@ def furthest_points(points: Tensor, count: int) -> Tensor:
     block = triton.next_power_of_2(n)
     warps = min(16, max(1, block // 256))
     launch: Any = _choose[(b,)]
-    launch(points, chosen, n, count, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
+    with torch.cuda.device_of(points):  # Triton launches on the current device
+        launch(points, chosen, n, count, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
     return chosen
