@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.layers.weight_init import trunc_normal_
+from timm.layers.weight_init import trunc_normal_ as timm_trunc_normal_
 from torch import Tensor, nn
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4
@@ -21,6 +21,8 @@ def init_decay_(A_log: Tensor) -> Tensor:
 @torch.no_grad()
 def init_step_bias_(bias: Tensor) -> Tensor:
     """`softplus(bias)` is log-uniform between 1e-3 and 1e-1 tokens."""
+    if bias.is_meta:
+        return bias
     u = torch.rand(bias.shape, dtype=torch.float32, device=bias.device)
     step = torch.exp(u * (math.log(STEP_MAX) - math.log(STEP_MIN)) + math.log(STEP_MIN)).clamp(min=STEP_FLOOR)
     return bias.copy_(step + torch.log(-torch.expm1(-step)))
@@ -30,6 +32,12 @@ def init_uniform_(weight: Tensor, fan_in: int) -> Tensor:
     """Uniform within `fan_in ** -0.5`: torch's default for linear layers, and the rule for the step projection."""
     bound = fan_in**-0.5
     return nn.init.uniform_(weight, -bound, bound)
+
+
+def trunc_normal_(weight: Tensor, std: float) -> Tensor:
+    """Truncated normal values of deviation `std`."""
+    # Without values to draw, torch would spend half of the time of building a model on the meta device here.
+    return weight if weight.is_meta else timm_trunc_normal_(weight, std=std)
 
 
 def init_linear_(module: nn.Module) -> None:

@@ -18,7 +18,6 @@ from timm.layers.attention import Attention
 from timm.layers.drop import DropPath, calculate_drop_path_rates
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
-from timm.layers.weight_init import trunc_normal_
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from ..scans import ScanLike, scan_order
 from ._base import Pyramid, Stage
 from ._block import LayerNorm, branch_scale, skip_rate
 from ._embed import MapBatchNorm, MapConv
-from ._init import init_linear_, init_uniform_
+from ._init import init_linear_, init_uniform_, trunc_normal_
 from ._keys import Key, rename
 from ._register import Card, build_model, image_cfg, register
 from ._ssm import DirectionLinear, SelectiveSSM, resolve_dt_rank, resolve_scan

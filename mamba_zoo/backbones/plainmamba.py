@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers._fx import register_notrace_module
 from timm.layers.drop import DropPath, calculate_drop_path_rates
-from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ..scans import ScanLike, scan_order
@@ -23,7 +22,7 @@ from ._base import Pyramid, Stage
 from ._block import LayerNorm
 from ._direction import DirectionAwareSSM
 from ._embed import MapBatchNorm, MapConv, resample_grid
-from ._init import init_linear_
+from ._init import init_linear_, trunc_normal_
 from ._keys import Key, rename
 from ._register import Card, build_model, image_cfg, register
 from ._ssm import DirectionLinear, SelectiveSSM, resolve_dt_rank, resolve_scan

@@ -15,14 +15,13 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.layers.drop import calculate_drop_path_rates
-from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from ..scans import ScanLike, as_spec
 from ._base import Tokens
 from ._block import AddNormBlock, RMSNorm
 from ._embed import PatchEmbed, check_image, insert_token, resample_grid
-from ._init import init_linear_
+from ._init import init_linear_, trunc_normal_
 from ._keys import Key, rename
 from ._mixer import Mamba
 from ._register import Card, build_model, image_cfg, register
