@@ -32,7 +32,9 @@ def weights_cast(model: nn.Module, x: Any) -> AbstractContextManager[Any]:
         model: Called within the context.
         x: What it is called with; says on which device autocast must be on.
     """
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type) or watched((x,)) or _distributed():
+    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    if watched((x,)) or _distributed():
         return nullcontext()
     places = _known.get(model)
     if places is None or any(where[name] is not weight for where, name, weight in places):
