@@ -75,6 +75,8 @@ class Forecaster(SeriesTask):
         "season_mae": "MAE, last season repeated",
     }
 
+    step_weights: Tensor | None
+
     def __init__(
         self,
         name: str = "s_mamba",

@@ -14,6 +14,7 @@ import torch
 from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import evaluate, load_task, train_once
 from mamba_zoo.tasks._gaps import interpolate, random_gaps, turn_gaps
+from mamba_zoo.tasks._series_loss import known_error, step_weights, without_frequencies
 from mamba_zoo.tasks.labelled_series import LabelledSeries, read_parts, split_classes
 from mamba_zoo.tasks.series_data import SeriesData, fill_forward, season_of, split_rows
 from mamba_zoo.tasks.series_files import find_table, later_dates, read_table, read_ts, time_marks
@@ -245,7 +246,7 @@ def test_rates_follow_the_published_schedules(table, tmp_path):
         ("s_mamba", {"scan": "both_ways(correlation)", "net": {"dim": 8, "depth": 1}}),
         ("timemachine", {"net": {"n1": 8, "n2": 4, "d_state": 2}}),
         ("mambats", {"net": {"dim": 8, "depth": 1, "patch_size": 12}}),
-        ("series_mamba", {"net": {"dim": 8, "depth": 1, "use_norm": True}}),
+        ("series_mamba", {"net": {"dim": 8, "depth": 1}, "weighting": "arctan", "mask_frequencies": 0.2}),
     ],
 )
 def test_every_model_trains_and_comes_back_from_its_checkpoint(table, tmp_path, name, options):
@@ -276,6 +277,38 @@ def test_unknown_models_and_settings_are_refused(table):
         Forecaster("s_mamba", pred_len=0)
     with pytest.raises(ValueError, match="only mamba-zoo fit and compare know"):
         Forecaster("s_mamba", scan="correlation")
+    with pytest.raises(ValueError, match="weighting='far' is unknown; choose even, root, arctan"):
+        Forecaster("s_mamba", weighting="far")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mask_frequencies=1 must be at least 0 and below 1"):
+        Forecaster("s_mamba", mask_frequencies=1)
+
+
+def test_far_steps_count_less_and_unknown_values_not_at_all():
+    wanted = torch.tensor([[2.0, 2.0, 2.0], [1.0, 3.0, torch.nan]])[..., None]
+    weights, arctan = step_weights("root", 3), step_weights("arctan", 100_000)
+    assert step_weights("even", 3) is None
+    assert weights is not None
+    assert arctan is not None
+    assert weights.tolist() == pytest.approx([1, 2**-0.5, 3**-0.5])
+    assert arctan[[0, -1]].tolist() == pytest.approx([1, 1 - np.pi / 4], abs=1e-4)
+    mean, of_windows = known_error(torch.zeros(2, 3, 1), wanted, "mae", weights)
+    assert of_windows.tolist() == pytest.approx([2, (1 + 3 * 2**-0.5) / (1 + 2**-0.5)])
+    assert float(mean) == pytest.approx((2 * (1 + 2**-0.5 + 3**-0.5) + 1 + 3 * 2**-0.5) / (2 + 2 * 2**-0.5 + 3**-0.5))
+    nothing = known_error(torch.zeros(1, 3, 1), torch.full((1, 3, 1), torch.nan), "mse", weights)
+    assert float(nothing[0]) == float(nothing[1]) == 0
+
+
+def test_frequencies_are_taken_out_of_a_window_and_of_what_follows_alike():
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 24, 2), torch.randn(64, 9, 2)
+    y[0, 3, 1] = torch.nan
+    new_x, new_y = without_frequencies(x, y, 0.25)
+    assert new_x[0, :, 1].equal(x[0, :, 1])  # cannot be known
+    assert new_y[0, :, 1].isnan().sum() == 1
+    before, after = (torch.fft.rfft(torch.cat(part, 1)[1:], dim=1) for part in ((x, y), (new_x, new_y)))
+    gone = after.abs() < 1e-4
+    assert 0.2 < gone.float().mean() < 0.3
+    torch.testing.assert_close(after[~gone], before[~gone], atol=1e-4, rtol=1e-4)
 
 
 def test_gaps_cover_what_they_should_and_lines_close_them():
