@@ -143,7 +143,7 @@ class Forecaster(SeriesTask):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one batch."""
         if self.mask_frequencies:
-            batch = (*without_frequencies(*batch[:2], self.mask_frequencies), *batch[2:])
+            batch = [*without_frequencies(batch[0], batch[1], self.mask_frequencies), *batch[2:]]
         loss, of_windows = known_error(self.predictions(batch), batch[1], self.loss, self.step_weights)
         if hasattr(self.net, "record"):
             self.net.record(of_windows)  # type: ignore[operator] - MambaTS learns which order costs least
