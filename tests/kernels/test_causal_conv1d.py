@@ -67,11 +67,28 @@ def backends(device, dtype):
     return [name for name, reason in refusals(device, dtype).items() if reason is None]
 
 
-def check(device, dtype, order, activation, cuts=None, use_bias=True, use_state=True, **sizes: Any):
+def reference(x, weight, bias, order, activation, state, cuts=None):
+    """The same by the reference in float64, which agrees with the loop in the tests of short rows."""
+    return causal_conv1d(
+        x, weight, bias, order, activation, state, return_final_state=True, backend="reference",
+        cu_seqlens=None if cuts is None else torch.tensor(cuts),
+    )  # fmt: skip
+
+
+def cut_out(x):
+    """`x` as a slice of wider rows."""
+    wide = x.new_zeros(*x.shape[:-1], x.shape[-1] + 24)
+    wide[..., 8:-16] = x
+    return wide[..., 8:-16]
+
+
+def check(
+    device, dtype, order, activation, cuts=None, use_bias=True, use_state=True, oracle=loop, strided=False, **sizes: Any
+):
     """Values and all gradients of every backend that serves `device` and `dtype`."""
     left_out = [name for name, used in (("bias", use_bias), ("state", use_state)) if not used]
     given = {name: t for name, t in problem(dtype=dtype, **sizes).items() if name not in left_out and t.numel()}
-    want = loop(given["x"], given["weight"], given.get("bias"), order, activation, given.get("state"), cuts)
+    want = oracle(given["x"], given["weight"], given.get("bias"), order, activation, given.get("state"), cuts)
     dy = [torch.randn_like(t).to(dtype).double() for t in want]
     wanted = torch.autograd.grad(want, list(given.values()), dy)
     for backend in backends(device, dtype):
@@ -80,8 +97,9 @@ def check(device, dtype, order, activation, cuts=None, use_bias=True, use_state=
             for name, t in given.items()
         }
         leaves = {name: t.requires_grad_() for name, t in cast.items()}
+        tokens = cut_out(leaves["x"]) if strided else leaves["x"]
         got = causal_conv1d(
-            leaves["x"], leaves["weight"], leaves.get("bias"), None if order is None else order.to(device), activation,
+            tokens, leaves["weight"], leaves.get("bias"), None if order is None else order.to(device), activation,
             leaves.get("state"), return_final_state=True, backend=backend,
             cu_seqlens=None if cuts is None else torch.tensor(cuts, device=device),
         )  # fmt: skip
@@ -89,9 +107,8 @@ def check(device, dtype, order, activation, cuts=None, use_bias=True, use_state=
         tolerance = TOLERANCE.get(dtype, 1e-12)
         for g, t in zip(got, want, strict=True):
             assert_close(g.double().cpu(), t, rtol=tolerance, atol=tolerance, msg=partial("{}: {}".format, backend))
-        grads = torch.autograd.grad(
-            got, list(leaves.values()), [g.to(device, t.dtype) for g, t in zip(dy, got, strict=True)]
-        )
+        seeds = [g.to(device, t.dtype) for g, t in zip(dy, got, strict=True)]
+        grads = torch.autograd.grad(got, list(leaves.values()), [cut_out(g) for g in seeds] if strided else seeds)
         for name, g, t in zip(leaves, grads, wanted, strict=True):
             scale = tolerance * max(1.0, float(t.abs().max()) if t.numel() else 1.0)
             message = partial("{}, gradient of {}: {}".format, backend, name)
@@ -130,6 +147,24 @@ def test_order_per_sample(device):
 def test_packed_sequences_never_leak(device, cuts, use_state):
     order = random_order(2, 9, 9)
     check(device, torch.float32, order, "silu", cuts=cuts, use_state=use_state, b=1, rows=len(cuts) - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("order", "options"),
+    [
+        (random_order(2, 150, 150), {"d": 72}),
+        (random_order(4, 150, 150), {"d": 16, "k": 4, "use_state": False}),
+        (random_order(2, 150, 110, b=3), {"d": 264, "b": 3, "activation": None}),
+        (random_order(2, 150, 170), {"d": 20, "shared": False, "strided": True}),
+        (random_order(2, 150, 150), {"d": 12, "b": 1, "rows": 6, "cuts": [0, 40, 40, 41, 43, 47, 150]}),
+        (None, {"d": 40, "k": 1, "w": 2, "strided": True, "use_bias": False}),
+    ],
+    ids=["words", "four directions", "blocks of channels", "strided", "packed", "two taps"],
+)
+def test_long_rows_of_many_channels(device, dtype, order, options):
+    """Rows of several runs of steps, and channels that are read several at a time."""
+    check(device, dtype, order, oracle=reference, **{"activation": "silu", "l": 150, **options})
 
 
 def test_without_bias_and_state(device):

@@ -1,0 +1,100 @@
+"""How the causal convolution is launched, from its sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ._plan import FORMATS, _text
+
+_LONGEST = 64  # steps of a run
+_STAGED = 2048  # steps of all runs of a block whose tokens fit in shared memory
+_FULL = 120_000  # threads that fill a large GPU
+# Weights per thread at most, steps read ahead, and resident warps of a multiprocessor that the registers must allow.
+_TABLE = {"forward": (32, 4, 16), "backward": (16, 4, 16)}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One line of the table; conv.cu explains the letters."""
+
+    taps: int  # W
+    width: int  # V
+    tile: int  # T
+    columns: int
+    slots: int  # RUNS
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        """Per block."""
+        return self.columns * self.slots
+
+    @property
+    def channels(self) -> int:
+        """Per block."""
+        return self.columns * self.width
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled into a kernel beside its launch."""
+
+    tokens: torch.dtype
+    silu: bool
+    packed: bool
+    final: bool = False
+    added: bool = False
+
+    def with_(self, **changes: Any) -> Variant:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+@lru_cache(maxsize=1024)
+def launch(kernel: str, taps: int, d: int, aligned: int) -> Launch:
+    """The launch of `kernel`, "forward" or "backward", for rows of which `aligned` neighbours can be read at once.
+
+    For each of its channels a thread holds weights and inputs in registers, and in the backward pass as many sums of
+    gradients: that decides how many channels it takes.
+    """
+    most, tile, warps = _TABLE[kernel]
+    width = max(w for w in (1, 2, 4, 8) if w <= aligned and (w == 1 or w * taps <= most))
+    groups = -(-d // width)
+    columns = -(-groups // -(-groups // 32))
+    slots = max(1, min(128 // columns, _STAGED // (_LONGEST + 2 * (taps - 1) + 2 * tile)))
+    return Launch(taps, width, tile, columns, slots, max(1, warps // -(-columns * slots // 32)))
+
+
+def steps(m: int, rows: int, tile: int) -> int:
+    """Steps of a run: the fewer, the more threads; the more, the less is read twice.
+
+    Args:
+        m: Steps of a sample.
+        rows: Threads that there would be with one run per sample.
+        tile: What the result is a multiple of.
+    """
+    run = _LONGEST
+    while run > 16 and rows * -(-m // run) < _FULL:
+        run //= 2
+    runs = max(1, round(m / run))
+    return min(_LONGEST, -(-m // runs // tile) * tile if m else tile)
+
+
+@lru_cache(maxsize=1024)
+def source(kernel: str, launch: Launch, variant: Variant) -> str:
+    """CUDA C++ of a pass, "forward" or "backward": its settings as constants between the shared part and the text."""
+    settings = {
+        "W": launch.taps, "V": launch.width, "T": launch.tile, "COLUMNS": launch.columns, "RUNS": launch.slots,
+        "BLOCKS": launch.blocks, "LONGEST": _LONGEST, "SILU": variant.silu, "PACKED": variant.packed,
+        "FINAL": variant.final, "ADDED": variant.added,
+    }  # fmt: skip
+    lines = [f"#define BACKWARD {int(kernel == 'backward')}", f"typedef {FORMATS[variant.tokens]} In;"]
+    lines += [
+        f"constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};"
+        for name, value in settings.items()
+    ]
+    return "\n".join([_text("primitives"), *lines, _text("conv")])
