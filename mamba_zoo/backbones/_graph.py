@@ -12,6 +12,7 @@ from timm.layers.helpers import get_device_dtype
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ..kernels._order import prepare_order
 from ..scans import Graphs, graph_order
 from ..scans._graphs import hashed, uniform
 from ..scans.graph import order_key
@@ -85,9 +86,26 @@ class Orders:
         return [[self._one(graphs, fresh, i * samples + j) for j in range(samples)] for i in range(layers)]
 
     def prepared(self, data: Any, graphs: Graphs) -> Tensor:
-        """The order that was prepared for the data, or a new one."""
+        """The order that was prepared for the data, or a new one.
+
+        Raises:
+            ValueError: it was prepared for other nodes.
+        """
         found = getattr(data, order_key(self.scan), None)
-        return graph_order(self.scan, graphs) if found is None else found
+        if found is None:
+            return graph_order(self.scan, graphs)
+        n = graphs.num_nodes
+        try:
+            prepare_order(found, 1, n, len(found), found.device)  # read once: the op asks for the same
+            fits = found.shape[-1] == n
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"the order that AddOrder({self.scan!r}) prepared is not one of these {n} nodes: nodes were taken out "
+                "or added afterwards; apply AddOrder last, or not at all, and the model orders every graph it is given"
+            )
+        return found
 
     def _one(self, graphs: Graphs, fresh: bool, number: int) -> Visit:
         n, device = graphs.num_nodes, graphs.edge_index.device

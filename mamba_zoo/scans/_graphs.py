@@ -50,7 +50,8 @@ class Graphs:
         """
         edge_index = getattr(data, "edge_index", None)
         if edge_index is None:
-            raise ValueError(f"{type(data).__name__} has no edge_index; give a PyG Data or Batch")
+            found = "its edges as adj_t; leave ToSparseTensor out" if hasattr(data, "adj_t") else "no edge_index"
+            raise ValueError(f"{type(data).__name__} has {found}; give a PyG Data or Batch")
         ptr, batch = getattr(data, "ptr", None), getattr(data, "batch", None)
         if ptr is None and batch is not None:
             if bool((batch[1:] < batch[:-1]).any()):

@@ -183,6 +183,23 @@ def test_prepared_orders_are_taken_and_join_to_those_of_the_batch():
     assert not torch.allclose(model(backwards), model(batch), atol=1e-4)
 
 
+def test_orders_prepared_before_nodes_changed_are_one_clear_error():
+    from torch_geometric.data import Data
+    from torch_geometric.transforms import VirtualNode
+
+    item, model = AddOrder("degree")(karate()), small("default", in_chans=34)
+    kept = torch.arange(34) % 3 > 0
+    for changed in (item.subgraph(kept), VirtualNode()(item)):
+        with pytest.raises(
+            ValueError, match=r"AddOrder\('degree'\) prepared .* taken out or added .* apply AddOrder last"
+        ):
+            model(changed)
+    part = karate().subgraph(kept)
+    torch.testing.assert_close(model(AddOrder("degree")(part)), model(part))
+    with pytest.raises(ValueError, match="its edges as adj_t; leave ToSparseTensor out"):
+        model(Data(x=part.x, adj_t=torch.eye(len(part.x))))  # as ToSparseTensor leaves it
+
+
 def test_evaluation_is_deterministic_unless_asked_and_training_draws_orders():
     batch = joined([karate(), karate()])
     model = small("drawn orders", in_chans=34, norm="layer", local="gcn")
