@@ -55,16 +55,20 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append({**row, **found, "difference": f"{difference:.1e}"})
                 sys.stdout.write("  ".join(str(value) for value in rows[-1].values()) + "\n")
                 sys.stdout.flush()
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / f"long_input_{args.device}.csv").open("w", newline="") as file:
+                _write(args.out / f"long_input_{args.device}.csv", rows)
+    tables = sorted(args.out.glob("long_input_*.csv"))
+    plot([row for path in tables for row in _read(path)], args.out / "long_input.png")
+    return 0
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
         where = ", ".join(f"{key} {value}" for key, value in machine().items())
         file.write(f"# {where}; {torch.get_num_threads()} threads; python -m benchmarks.long_input\n")
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    tables = sorted(args.out.glob("long_input_*.csv"))
-    plot([row for path in tables for row in _read(path)], args.out / "long_input.png")
-    return 0
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
