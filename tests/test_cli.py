@@ -35,17 +35,6 @@ def test_help_names_every_command(capsys):
     assert main([]) == 2
 
 
-def test_light_commands_import_no_trainer():
-    script = (
-        "import sys; from mamba_zoo.__main__ import main; main(['list', '--names']); main(['--help']); "
-        "heavy = {'pytorch_lightning', 'torchmetrics', 'matplotlib', 'sklearn', 'numba'} & set(sys.modules); "
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "\nvmamba_tiny\n" in done.stdout
-
-
 def test_list_and_info(capsys):
     assert main(["list", "vmamba_tiny*", "--modality", "image"]) == 0
     rows = capsys.readouterr().out.splitlines()
