@@ -166,6 +166,12 @@ class GraphData(GraphSource):
         """Targets of all graphs, `(graphs, targets)`."""
         if any(data.get("y") is None for data in self.graphs):
             raise ValueError(f"{self.root} has graphs without a label; training needs graphs.csv or the data set's own")
+        counts = sorted({data.y.numel() for data in self.graphs})
+        if len(counts) > 1:
+            raise ValueError(
+                f"graphs of {self.root} have {counts[0]} to {counts[-1]} labels each, perhaps those of their nodes; "
+                "give every graph as many, in graphs.csv or the data set's y"
+            )
         found = np.stack([data.y.reshape(-1).numpy() for data in self.graphs])
         whole = found.dtype.kind == "f" and bool((found == np.rint(found)).all())
         return found.astype(np.int64) if whole else found
@@ -178,9 +184,10 @@ class GraphData(GraphSource):
             ValueError: labels that are not one class number each.
         """
         if self.labels.shape[1] != 1 or self.labels.dtype.kind == "f":
+            task = "node-classification" if len(self.graphs) == 1 else "graph-regression"
             raise ValueError(
                 f"graphs of {self.root} have {self.labels.shape[1]} targets of {self.labels.dtype}, not one class "
-                "number each; train them with --task graph-regression"
+                f"number each; train them with --task {task}"
             )
         return int(self.labels.max()) + 1
 

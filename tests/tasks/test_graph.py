@@ -260,10 +260,20 @@ def test_numbers_of_nodes_and_edges_of_a_folder(folder):
     assert graph.edge_attr.tolist() == [[1], [1], [2]]
     with pytest.raises(ValueError, match="--task node-regression"):
         _ = NodeData(str(folder)).num_classes
+    with pytest.raises(ValueError, match="--task node-classification"):
+        _ = GraphData("karate").num_classes
     with pytest.raises(ValueError, match="no labels to predict"):
         EdgeTargetData("karate").setup()
     with pytest.raises(ValueError, match=r"val_fraction=0\.0"):
         EdgeTargetData(val_fraction=0.0)
+
+
+def test_labels_of_nodes_are_none_of_graphs(folder):
+    (folder / "graphs.csv").unlink()
+    (folder / "nodes.csv").write_text("graph,label,weight\n0,0,1\n0,1,2\n1,1,2\n")
+    (folder / "edges.csv").write_text("graph,source,target\n0,0,1\n")
+    with pytest.raises(ValueError, match=r"have 1 to 2 labels each, perhaps those of their nodes"):
+        _ = GraphData(str(folder)).num_classes
 
 
 def test_a_checkpoint_alone_predicts_graphs_of_a_folder(folder, tmp_path, digits, capsys):
