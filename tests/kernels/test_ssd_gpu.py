@@ -59,6 +59,17 @@ def test_second_device():
     assert ssd(**problem, backend="triton")[0].device.index == 1
 
 
+def test_launches_are_told_apart_by_alignment():
+    """Tokens of the same shapes and strides, at addresses that allow wide loads and at others, in turn."""
+    shape = (1, 130, 2, 16)
+    memory = torch.randn(2, shape[1] * 32 + 8, device="cuda", dtype=torch.bfloat16)
+    problem = make_problem(b=1, l=130, k=1, h=2, g=1, p=16, n=16, device="cuda", dtype=torch.bfloat16)
+    for x_start, B_start in ((0, 0), (1, 0), (0, 1), (2, 8), (0, 0)):
+        x = memory[0, x_start:][: shape[1] * 32].view(shape)
+        B = memory[1, B_start:][: shape[1] * 16].view(1, 130, 1, 1, 16)
+        assert_close({**problem, "x": x, "B": B})
+
+
 @pytest.mark.parametrize("length", [200, 3000])
 def test_captured_in_a_graph(length):
     """A replayed CUDA graph computes what the eager call does, on new inputs."""

@@ -48,6 +48,52 @@ def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: An
             _queue(kernel, programs, like.get_device(), args, constants)
 
 
+class Launch:
+    """A launch with all arguments but the tensors, which come first: calls that share it find their handle by those.
+
+    Args:
+        kernel: A function of Triton's.
+        programs: How many.
+        numbers: The kernel's arguments after the tensors.
+        constants: The others by name, and options of the compiler.
+    """
+
+    def __init__(self, kernel: Any, programs: int, numbers: tuple[int, ...], constants: dict[str, Any]) -> None:
+        self.kernel, self.programs, self.numbers, self.constants = kernel, programs, numbers, constants
+        self._found: dict[tuple, _Handle] = {}
+
+    def __call__(self, like: Tensor, *tensors: Tensor | None) -> None:
+        """Run it with `tensors`, on the device of `like`."""
+        if self.programs == 0:
+            return
+        if not like.is_cuda:
+            self.kernel[(self.programs,)](*tensors, *self.numbers, **self.constants)
+        elif torch._C._cuda_getDevice() == like.get_device():
+            self._queue(like.get_device(), tensors)
+        else:
+            with torch.cuda.device(like.device):
+                self._queue(like.get_device(), tensors)
+
+    def _queue(self, device: int, tensors: tuple[Tensor | None, ...]) -> None:
+        key: list[Any] = [device]
+        values: list[Any] = []
+        for x in tensors:
+            if x is None:
+                key.append(None)
+                values.append(None)
+            else:
+                address = x.data_ptr()
+                key += (x.dtype, address % 16)
+                values.append(address)
+        found = (*key,)
+        handle = self._found.get(found)
+        if handle is None or _observed(self.kernel):
+            _first(self._found, found, self.kernel, self.programs, (*tensors, *self.numbers), self.constants)
+            return
+        values += self.numbers
+        _again(handle, self.programs, device, values)
+
+
 def _queue(kernel: Any, programs: int, device: int, args: tuple, constants: dict[str, Any]) -> None:
     """Launch through the handle of an earlier launch: finding it out anew takes Triton several times as long."""
     key: list[Any] = [id(kernel), device]
@@ -64,17 +110,26 @@ def _queue(kernel: Any, programs: int, device: int, args: tuple, constants: dict
     found = (*key,)
     handle = _handles.get(found)
     if handle is None or _observed(kernel):
-        compiled = kernel[(programs,)](*args, **constants)
-        if _triton().__version__.startswith(_VERSION) and torch.version.hip is None:
-            if len(_handles) > 4096:  # variable lengths
-                _handles.clear()
-            names = kernel.arg_names[len(args) :]
-            _handles[found] = _Handle(
-                compiled.run, compiled.function, compiled.packed_metadata, tuple(constants[name] for name in names)
-            )
-        return
+        _first(_handles, found, kernel, programs, args, constants)
+    else:
+        _again(handle, programs, device, values)
+
+
+def _first(handles: dict, key: tuple, kernel: Any, programs: int, args: tuple, constants: dict[str, Any]) -> None:
+    """Launch in the ordinary way, and keep the handle."""
+    compiled = kernel[(programs,)](*args, **constants)
+    if _triton().__version__.startswith(_VERSION) and torch.version.hip is None:
+        if len(handles) > 4096:  # variable lengths
+            handles.clear()
+        names = kernel.arg_names[len(args) :]
+        handles[key] = _Handle(
+            compiled.run, compiled.function, compiled.packed_metadata, tuple(constants[name] for name in names)
+        )
+
+
+def _again(handle: _Handle, programs: int, device: int, values: list) -> None:
+    """One launch of a grid of `programs`, without what Triton would tell its hooks."""
     stream = torch._C._cuda_getCurrentRawStream(device)
-    # One launch of a grid of `programs`, without what Triton would tell its hooks.
     handle.run(
         programs, 1, 1, stream, handle.function, handle.metadata, None, None, None, *values, *handle.constants
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _ssd_chunked
 from .._ssd_args import SsdArgs, chunked_order
-from ._launch import common_width, launch, needs_wide_offsets, stored_dtype, with_unit_stride
+from ._launch import Launch, common_width, contiguous, needs_wide_offsets, stored_dtype, with_unit_stride
 
 # Programs that run side by side on a large GPU. Where a launch has half of that or less, sequences are cut into
 # segments, and groups of heads into parts.
@@ -24,6 +24,7 @@ _SEGMENTS = 16  # at most: each reads what all before it leave
 _LARGEST, _WIDE_LARGEST = 256, 128  # states, of bfloat16 tokens and others
 _STEPS = 64  # of a chunk
 _CAPABILITY = (8, 0)  # older GPUs have neither bfloat16 nor enough shared memory
+_plans: dict[tuple, _Plan] = {}
 
 
 @dataclass(frozen=True)
@@ -55,65 +56,46 @@ def forward(s: SsdArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
     """`(y, final state if wanted)`; see `SsdArgs` for the shapes."""
     if not _serves(s):
         return _ssd_chunked.forward(s, want_final)
-    from ._ssd_forward import ssd_forward
-
     c = _Call(s)
-    y = c.new(s.y_shape, s.out_dtype)
+    y = c.new(c.plan.y_shape, s.out_dtype)
     final = s.new_state() if want_final else None
-    ends, totals = c.ends(c.x, c.B, reverse=False)
-    launch(
-        ssd_forward, c.programs, s.x,
-        c.x, c.B, c.C, c.D, c.deltas, c.sums, c.order, c.first_chunk, c.initial, ends, totals, y, final,
-        *c.sizes, s.l, *_strides(c.x, c.width), *_strides(c.B, c.state_width), *_strides(c.C, c.state_width),
-        **c.constants, **c.options("forward"),
+    ends, totals = c.ends(c.plan.ends, c.x, c.B)
+    c.plan.forward(
+        s.x, c.x, c.B, c.C, s.D, c.deltas, c.sums, c.order, c.first_chunk, c.initial, ends, totals, y, final
     )  # fmt: skip
-    return y.to(s.out_dtype), final
+    return y if y.dtype == s.out_dtype else y.to(s.out_dtype), final
 
 
 def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
     """Gradients of all inputs that are given, by their names."""
     if not _serves(s):
         return _ssd_chunked.backward(s, dy, dfinal)
-    from ._ssd_backward import ssd_backward_heads, ssd_backward_maps
-
     dy = with_unit_stride(dy)
-    c = _Call(s, dy, slopes=True)
+    c = _Call(s, dy)
+    plan = c.plan
     dinitial = None if s.initial_state is None else s.new_state()
-    states = c.states(c.x, c.B, c.initial, None, reverse=False)
-    ahead = c.states(dy, c.C, None if dfinal is None else dfinal.contiguous(), dinitial, reverse=True)
-    sizes = (c.m, s.k, s.h, s.h // s.g, c.chunks, s.rows, *c.order_strides, s.l)
-    strides = (
-        *_strides(c.x, c.width), *_strides(dy, c.width), *_strides(c.B, c.state_width), *_strides(c.C, c.state_width)
-    )  # fmt: skip
+    states = c.states(plan.ends, c.x, c.B, c.initial, None)
+    ahead = c.states(plan.ends_ahead, dy, c.C, contiguous(dfinal), dinitial)
 
-    dx, ddt = c.new(s.y_shape, s.x.dtype), c.new(s.dt.shape, s.dt.dtype)
+    dx, ddt = c.new(plan.y_shape, s.x.dtype), c.new(s.dt.shape, s.dt.dtype)
     ddecay = None if s.decay is None else c.new(s.dt.shape, s.decay.dtype)
     make = s.x.new_empty if c.first_chunk is None else s.x.new_zeros
-    sums = make((s.b * c.chunks, s.k, s.h, s.p + 2), dtype=torch.float32)
-    launch(
-        ssd_backward_heads, s.b * c.chunks * s.k * s.h, s.x,
-        c.x, c.A, c.B, c.C, c.D, c.deltas, c.sums, c.slopes, c.order, c.first_chunk, states, ahead, dy,
-        dx, ddt, ddecay, sums, *sizes, *strides, **c.constants, **c.options("heads"),
+    sums = make(plan.sums_shape, dtype=torch.float32)
+    plan.heads(
+        s.x, c.x, c.A, c.B, c.C, s.D, c.deltas, c.sums, c.slopes, c.order, c.first_chunk, states, ahead, dy,
+        dx, ddt, ddecay, sums,
     )  # fmt: skip
-
-    groups = s.b * c.chunks * s.k * s.g
-    parts = max(1, min(s.h // s.g, _PROGRAMS // groups))
-    per_part = -(-s.h // s.g // parts)
-    parts = -(-s.h // s.g // per_part)
-    shape = (parts, s.b, s.l, s.k, s.g, s.n)
-    dB, dC = (c.new(shape, s.B.dtype if parts == 1 else torch.float32) for _ in range(2))
-    launch(
-        ssd_backward_maps, groups * parts, s.x,
-        c.x, c.B, c.C, c.deltas, c.sums, c.order, c.first_chunk, states, ahead, dy, dB, dC,
-        *sizes, s.g, per_part, parts, s.b * s.l * s.k * s.g, *strides, **c.constants, **c.options("maps"),
+    dB, dC = (c.new(plan.maps_shape, s.B.dtype if plan.parts == 1 else torch.float32) for _ in range(2))
+    plan.maps(
+        s.x, c.x, c.B, c.C, c.deltas, c.sums, c.order, c.first_chunk, states, ahead, dy, dB, dC
     )  # fmt: skip
 
     if s.x.dim() == 4:
-        dx = dx[:, :, 0] if s.k == 1 else dx.sum(2)
+        dx = dx[:, :, 0] if plan.k == 1 else dx.sum(2)
     sums = sums.sum(0)
     grads = {"x": dx, "dt": ddt, "decay": ddecay, "initial_state": dinitial, "D": sums[..., :-2]}
     grads |= {"A": sums[..., -2], "dt_bias": sums[..., -1]}
-    grads |= {name: t[0] if parts == 1 else t.sum(0) for name, t in (("B", dB), ("C", dC))}
+    grads |= {name: t[0] if plan.parts == 1 else t.sum(0) for name, t in (("B", dB), ("C", dC))}
     return {name: grads[name].to(t.dtype).contiguous() for name, t in s.differentiable().items()}
 
 
@@ -146,108 +128,135 @@ def precision(dtype: torch.dtype) -> str:
 
 
 class _Call:
-    """The arguments as the kernels read them, and what every launch needs."""
+    """The arguments as the kernels read them, and what steps have in common."""
 
-    def __init__(self, s: SsdArgs, dy: Tensor | None = None, slopes: bool = False):
-        import triton.language as tl
-
+    def __init__(self, s: SsdArgs, dy: Tensor | None = None):
         self.s = s
         self.x, self.B, self.C = (with_unit_stride(t) for t in (s.x, s.B, s.C))
-        self.A, self.D, self.bias, self.initial = (
-            None if t is None else t.contiguous() for t in (s.A, s.D, s.dt_bias, s.initial_state)
-        )
-        channels = launch_shape("forward", s.n, s.p, s.x.dtype)[1]
-        self.steps = s.chunk or _STEPS
-        self.blocks = -(-s.p // channels)
+        self.A, bias, self.initial = contiguous(s.A), contiguous(s.dt_bias), contiguous(s.initial_state)
         self.order, self.first_chunk = s.order, None
         if s.offsets is not None:
-            self.order, self.first_chunk = chunked_order(s.order, s.offsets, self.steps)
-        self.m = self.order.shape[2]
-        self.chunks = -(-self.m // self.steps)
-        self.segments, self.per_segment = 1, self.chunks
-        streams = s.rows * s.k * s.h * self.blocks
-        if self.first_chunk is None and 2 * streams <= _PROGRAMS and self.chunks > 1:
-            wanted = min(_SEGMENTS, _PROGRAMS // streams, self.chunks)
-            self.per_segment = -(-self.chunks // wanted)
-            self.segments = -(-self.chunks // self.per_segment)
-        self.programs = streams * self.segments
-        self.order_strides = (0 if self.order.shape[0] == 1 else self.order.stride(0), self.order.stride(1))
-        self.sizes = (
-            self.m, s.k, s.h, s.h // s.g, self.blocks, self.chunks, self.segments, self.per_segment, s.rows,
-            *self.order_strides,
-        )  # fmt: skip
-        self.width = common_width([self.x, dy], s.p)
-        self.state_width = common_width([self.B, self.C], s.n)
-        longest = s.l * s.k * max(s.h * s.p, s.g * s.n)
-        exact = not _in_bfloat16(s)
-        self.constants: dict[str, Any] = {
-            "N": s.n, "NP": max(16, _power_of_two(s.n)), "P": s.p, "PB": channels,
-            "Q": self.steps, "V": self.width, "VN": self.state_width,
-            "WIDE": longest >= 2**31 or needs_wide_offsets(self.x, self.B, self.C, dy, s.dt, s.decay),
-            "DTYPE": tl.float32 if exact else tl.bfloat16,
-            "PRECISION": precision(s.x.dtype),
-        }  # fmt: skip
-        self._compute_steps(slopes)
-
-    def _compute_steps(self, slopes: bool) -> None:
-        """Sizes, decays and, for gradients, slopes of all steps, by chunks."""
-        from ._ssd_steps import ssd_steps
-
-        s = self.s
-        heads = min(32, _power_of_two(s.h))
-        blocks = -(-s.h // heads)
-        shape = (s.b, s.k, self.chunks, s.h, self.steps)
-        self.deltas, self.sums = (s.x.new_empty(shape, dtype=torch.float32) for _ in range(2))
-        self.slopes = s.x.new_empty(shape, dtype=torch.float32) if slopes else None
-        decay = s.dt if s.decay is None else s.decay
-        launch(
-            ssd_steps, s.b * s.k * self.chunks * blocks, s.x,
-            s.dt, self.A, s.decay, self.bias, self.order, self.deltas, self.sums, self.slopes,
-            self.m, s.k, s.h, blocks, self.chunks, *self.order_strides, *s.dt.stride(), *decay.stride(),
-            SOFTPLUS=s.dt_softplus, Q=self.steps, HEADS=heads, WIDE=self.constants["WIDE"], num_warps=4,
-        )  # fmt: skip
-
-    def options(self, kernel: str) -> dict[str, int]:
-        """For the launch of a kernel."""
-        x = self.s.x
-        return launch_shape(kernel, self.s.n, self.s.p, x.dtype, _shared(x.device))[0].options()
+            self.order, self.first_chunk = chunked_order(s.order, s.offsets, s.chunk or _STEPS)
+        self.plan = plan = _plan(s, self.x, self.B, self.C, self.order, dy)
+        self.deltas, self.sums = (s.x.new_empty(plan.steps_shape, dtype=torch.float32) for _ in range(2))
+        self.slopes = None if dy is None else s.x.new_empty(plan.steps_shape, dtype=torch.float32)
+        plan.steps(s.x, s.dt, self.A, s.decay, bias, self.order, self.deltas, self.sums, self.slopes)
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A result in rows of tokens, zero under those that are not visited."""
         make = self.s.x.new_empty if self.s.complete else self.s.x.new_zeros
         return make(shape, dtype=stored_dtype(self.s.x, dtype))
 
-    def ends(self, values: Tensor, maps: Tensor, reverse: bool) -> tuple[Tensor | None, Tensor | None]:
+    def ends(self, launch: Launch, values: Tensor, maps: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What each segment leaves, and the sum of the logarithms of its decays, if there is more than one."""
-        if self.segments == 1:
+        if self.plan.segments == 1:
             return None, None
-        s = self.s
-        ends = s.x.new_empty(s.rows, s.k, self.segments, s.h, s.n, s.p, dtype=torch.float32)
-        totals = s.x.new_empty(s.rows, s.k, self.segments, s.h, dtype=torch.float32)
-        self._launch_states(values, maps, None, ends, totals, None, None, reverse)
+        x = self.s.x
+        ends = x.new_empty(self.plan.ends_shape, dtype=torch.float32)
+        totals = x.new_empty(self.plan.ends_shape[:4], dtype=torch.float32)
+        self._states(launch, values, maps, None, ends, totals, None, None)
         return ends, totals
 
     def states(
-        self, values: Tensor, maps: Tensor, initial: Tensor | None, final: Tensor | None, reverse: bool
+        self, launch: Launch, values: Tensor, maps: Tensor, initial: Tensor | None, final: Tensor | None
     ) -> Tensor:
         """The states that enter the chunks, `(b, k, chunks, h, n, p)`, in the dtype of the products."""
-        s = self.s
-        dtype = torch.bfloat16 if _in_bfloat16(s) else torch.float32
-        states = s.x.new_empty(s.b, s.k, self.chunks, s.h, s.n, s.p, dtype=dtype)
-        ends, totals = self.ends(values, maps, reverse)
-        self._launch_states(values, maps, initial, ends, totals, states, final, reverse)
+        states = self.s.x.new_empty(self.plan.states_shape, dtype=self.plan.multiplied)
+        ends, totals = self.ends(launch, values, maps)
+        self._states(launch, values, maps, initial, ends, totals, states, final)
         return states
 
-    def _launch_states(self, values, maps, initial, ends, totals, states, final, reverse: bool) -> None:
-        from ._ssd_forward import ssd_states
-
-        s = self.s
+    def _states(self, launch, values, maps, initial, ends, totals, states, final) -> None:
         launch(
-            ssd_states, self.programs, s.x,
-            values, maps, self.deltas, self.sums, self.order, self.first_chunk, initial, ends, totals, states, final,
-            *self.sizes, *_strides(values, self.width), *_strides(maps, self.state_width), REVERSE=reverse,
-            **self.constants, **self.options("states"),
+            self.s.x, values, maps, self.deltas, self.sums, self.order, self.first_chunk, initial, ends, totals,
+            states, final,
         )  # fmt: skip
+
+
+class _Plan:
+    """What shapes, strides and alignment decide, worked out once for all calls that share them."""
+
+    def __init__(self, s: SsdArgs, x: Tensor, B: Tensor, C: Tensor, order: Tensor, dy: Tensor | None):
+        import triton.language as tl
+
+        from ._ssd_forward import ssd_forward, ssd_states
+        from ._ssd_steps import ssd_steps
+
+        b, l, k, h, p, g, n, rows = s.b, s.l, s.k, s.h, s.p, s.g, s.n, s.rows
+        self.k, self.y_shape = k, s.y_shape
+        channels = launch_shape("forward", n, p, x.dtype)[1]
+        steps, blocks, m = s.chunk or _STEPS, -(-p // channels), order.shape[2]
+        chunks = -(-m // steps)
+        self.segments, per_segment = 1, chunks
+        streams = rows * k * h * blocks
+        if s.offsets is None and 2 * streams <= _PROGRAMS and chunks > 1:
+            per_segment = -(-chunks // min(_SEGMENTS, _PROGRAMS // streams, chunks))
+            self.segments = -(-chunks // per_segment)
+        programs = streams * self.segments
+        in_order = (0 if order.shape[0] == 1 else order.stride(0), order.stride(1))
+        width, state_width = common_width([x, dy], p), common_width([B, C], n)
+        wide = l * k * max(h * p, g * n) >= 2**31 or needs_wide_offsets(x, B, C, dy, s.dt, s.decay)
+        self.multiplied = torch.bfloat16 if _in_bfloat16(s) else torch.float32
+        constants = {
+            "N": n, "NP": max(16, _power_of_two(n)), "P": p, "PB": channels, "Q": steps, "V": width, "VN": state_width,
+            "WIDE": wide, "DTYPE": tl.bfloat16 if _in_bfloat16(s) else tl.float32, "PRECISION": precision(x.dtype),
+        }  # fmt: skip
+
+        def made(kernel: str) -> dict[str, Any]:
+            return constants | launch_shape(kernel, n, p, x.dtype, _shared(x.device))[0].options()
+
+        heads = min(32, _power_of_two(h))
+        head_blocks = -(-h // heads)
+        self.steps_shape = (b, k, chunks, h, steps)
+        decay = s.dt if s.decay is None else s.decay
+        self.steps = Launch(
+            ssd_steps, b * k * chunks * head_blocks,
+            (m, k, h, head_blocks, chunks, *in_order, *s.dt.stride(), *decay.stride()),
+            {"SOFTPLUS": s.dt_softplus, "Q": steps, "HEADS": heads, "WIDE": wide, "num_warps": 4},
+        )  # fmt: skip
+
+        sizes = (m, k, h, h // g, blocks, chunks, self.segments, per_segment, rows, *in_order)
+        of_x, of_B, of_C = _strides(x, width), _strides(B, state_width), _strides(C, state_width)
+        of_D = (0, 0, 0) if s.D is None else s.D.stride()
+        self.ends_shape, self.states_shape = (rows, k, self.segments, h, n, p), (b, k, chunks, h, n, p)
+        self.ends = Launch(ssd_states, programs, (*sizes, *of_x, *of_B), {"REVERSE": False, **made("states")})
+        self.forward = Launch(ssd_forward, programs, (*sizes, l, *of_x, *of_B, *of_C, *of_D), made("forward"))
+        if dy is None:
+            return
+        from ._ssd_backward import ssd_backward_heads, ssd_backward_maps
+
+        of_dy = _strides(dy, width)
+        self.ends_ahead = Launch(ssd_states, programs, (*sizes, *of_dy, *of_C), {"REVERSE": True, **made("states")})
+        sizes = (m, k, h, h // g, chunks, rows, *in_order, l)
+        self.sums_shape = (b * chunks, k, h, p + 2)
+        self.heads = Launch(
+            ssd_backward_heads, b * chunks * k * h, (*sizes, *of_x, *of_dy, *of_B, *of_C, *of_D), made("heads")
+        )
+        groups = b * chunks * k * g
+        per_part = -(-h // g // max(1, min(h // g, _PROGRAMS // groups)))
+        self.parts = -(-h // g // per_part)
+        self.maps_shape = (self.parts, b, l, k, g, n)
+        self.maps = Launch(
+            ssd_backward_maps, groups * self.parts,
+            (*sizes, g, per_part, self.parts, b * l * k * g, *of_x, *of_dy, *of_B, *of_C), made("maps"),
+        )  # fmt: skip
+
+
+def _plan(s: SsdArgs, x: Tensor, B: Tensor, C: Tensor, order: Tensor, dy: Tensor | None) -> _Plan:
+    """The plan of a call; working it out takes longer than a launch, finding it a few µs."""
+    key = (
+        x.shape, x.stride(), x.dtype, x.device, B.shape, B.stride(), C.stride(), s.dt.stride(), order.shape,
+        order.stride(), s.chunk, s.dt_softplus, None if s.decay is None else s.decay.stride(),
+        None if s.D is None else s.D.stride(), None if s.offsets is None else s.offsets.shape,
+        x.data_ptr() & 15 if dy is None else (x.data_ptr() | dy.data_ptr()) & 15, (B.data_ptr() | C.data_ptr()) & 15,
+        None if dy is None else dy.stride(),
+    )  # fmt: skip
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) > 1024:  # variable lengths
+            _plans.clear()
+        found = _plans[key] = _Plan(s, x, B, C, order, dy)
+    return found
 
 
 def _in_bfloat16(s: SsdArgs) -> bool:
