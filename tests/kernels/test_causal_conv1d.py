@@ -159,8 +159,9 @@ def test_packed_sequences_never_leak(device, cuts, use_state):
         (random_order(2, 150, 170), {"d": 20, "shared": False, "strided": True}),
         (random_order(2, 150, 150), {"d": 12, "b": 1, "rows": 6, "cuts": [0, 40, 40, 41, 43, 47, 150]}),
         (None, {"d": 40, "k": 1, "w": 2, "strided": True, "use_bias": False}),
+        (None, {"d": 3, "k": 1, "w": 18}),
     ],
-    ids=["words", "four directions", "blocks of channels", "strided", "packed", "two taps"],
+    ids=["words", "four directions", "blocks of channels", "strided", "packed", "two taps", "many taps"],
 )
 def test_long_rows_of_many_channels(device, dtype, order, options):
     """Rows of several runs of steps, and channels that are read several at a time."""

@@ -11,10 +11,12 @@ import torch
 from ._plan import FORMATS, _text
 
 _LONGEST = 64  # steps of a run
+_THREADS = 128  # of a block
 _STAGED = 2048  # steps of all runs of a block whose tokens fit in shared memory
 _FULL = 120_000  # threads that fill a large GPU
 # Weights per thread at most, steps read ahead, and resident warps of a multiprocessor that the registers must allow.
 _TABLE = {"forward": (32, 4, 16), "backward": (16, 4, 16)}
+_MANY_TAPS = (1, 1, 8)  # more than 16: the registers are full with one channel
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ def launch(kernel: str, taps: int, d: int, aligned: int) -> Launch:
     For each of its channels a thread holds weights and inputs in registers, and in the backward pass as many sums of
     gradients: that decides how many channels it takes.
     """
-    most, tile, warps = _TABLE[kernel]
+    most, tile, warps = _TABLE[kernel] if taps <= 16 else _MANY_TAPS
     width = max(w for w in (1, 2, 4, 8) if w <= aligned and (w == 1 or w * taps <= most))
     groups = -(-d // width)
     columns = -(-groups // -(-groups // 32))
-    slots = max(1, min(128 // columns, _STAGED // (_LONGEST + 2 * (taps - 1) + 2 * tile)))
+    slots = max(1, min(_THREADS // columns, _STAGED // (_LONGEST + 2 * (taps - 1) + 2 * tile)))
     return Launch(taps, width, tile, columns, slots, max(1, warps // -(-columns * slots // 32)))
 
 

@@ -110,8 +110,15 @@ struct Thread {
   }
 };
 
+// Spelled out: one instruction, where the compiler would take the address apart and put it together at every step.
+DEVICE char* row_of(const char* base, int token, u32 stride) {
+  u64 at;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(token), "r"(stride), "l"(base));
+  return (char*)at;
+}
+
 template <bool ADD> DEVICE void store_row(char* base, u32 stride, int token, const float (&x)[V]) {
-  char* at = base + (u64)(u32)token * stride;
+  char* at = row_of(base, token, stride);
   if constexpr (In::BYTES * V == 2) {
     store_short(at, In::word(x[0], 0.0f), token >= 0);
   } else {
@@ -145,7 +152,7 @@ struct Rows {
   // Row `token`, zeros if there is none.
   __device__ __forceinline__ Pack<In, V> load(int token) const {
     Pack<In, V> x = Pack<In, V>::zero();
-    if (token >= 0) x = ::load<In, V>(base + (u64)(u32)token * stride);
+    if (token >= 0) x = ::load<In, V>(row_of(base, token, stride));
     return x;
   }
 
@@ -274,60 +281,75 @@ struct Pending {
   }
 };
 
+struct Backward {
+  Rows x, dy;
+  Window in;
+  Taps taps;
+  Pending pending;
+  float sums[W + 1][V];  // of the gradients of weights and bias
+
+  // Step `t` of the run, the `i`-th of a tile. `OWN`: not one of those beyond the run.
+  template <bool OWN>
+  __device__ __forceinline__ void step(const Args& p, const Thread& at, const Shared& b, char* out, int t, int i) {
+    const int* token = b.token[at.slot] + LAG;
+    const int *row = b.row[PACKED ? at.slot : 0] + LAG, *age = b.age[PACKED ? at.slot : 0] + LAG;
+    const int before = t - LAG;
+    if (PACKED && age[t] == 0) in.restart(p, at, row[t], 0);
+    in.push(x.take(i, token[t + T]));
+    const Pack<In, V> given = dy.take(i, token[t + T]);
+    float g[V], done[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      g[v] = given.at(v);
+      if (SILU) g[v] *= slope(taps.sum(in, v));
+      if (OWN) {
+#pragma unroll
+        for (int j = 0; j < W; j++) sums[j][v] = fmaf(g[v], in.x[j][v], sums[j][v]);
+        sums[W][v] += g[v];
+      }
+    }
+    pending.add(taps, g, PACKED ? age[t] : LAG, done);
+    if (FINAL && before >= 0 && before < at.steps) {
+      const int until = PACKED ? b.left[at.slot][t] : p.m - 1 - (at.begin + before);
+      const float* end = p.dfinal + at.of_row(p, PACKED ? row[before] : at.sample, LAG) + LAG - 1 - until;
+      if (until < LAG)
+#pragma unroll
+        for (int v = 0; v < V; v++) done[v] += __ldg(end + v * LAG);
+    }
+    const bool complete = before >= 0 && (OWN || before < at.steps);
+    store_row<ADDED>(out, (u32)p.sout.token, complete ? token[before] : -1, done);
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_backward(const __grid_constant__ Args p) {
   __shared__ Shared b;
   const Thread at = Thread::of(p);
   at.stage(p, b, LAG);
   __syncthreads();
-  float sums[W + 1][V];  // of weights and bias
+  Backward walk;
 #pragma unroll
   for (int j = 0; j <= W; j++)
 #pragma unroll
-    for (int v = 0; v < V; v++) sums[j][v] = 0.0f;
+    for (int v = 0; v < V; v++) walk.sums[j][v] = 0.0f;
   if (at.active) {
     const int* token = b.token[at.slot] + LAG;
-    const int *row = b.row[PACKED ? at.slot : 0] + LAG, *age = b.age[PACKED ? at.slot : 0] + LAG;
-    const int* left = b.left[PACKED ? at.slot : 0] + LAG;
-    Rows x = Rows::of(at, p.x, p.sx, token), dy = Rows::of(at, p.dy, p.sdy, token);
-    Window in;
-    in.begin(p, at, x, token, PACKED ? row[0] : at.sample, PACKED ? age[0] : at.begin);
-    Taps taps;
-    taps.read(p, at, b);
-    Pending pending;
+    walk.x = Rows::of(at, p.x, p.sx, token);
+    walk.dy = Rows::of(at, p.dy, p.sdy, token);
+    walk.in.begin(p, at, walk.x, token, PACKED ? b.row[at.slot][LAG] : at.sample,
+                  PACKED ? b.age[at.slot][LAG] : at.begin);
+    walk.taps.read(p, at, b);
 #pragma unroll
     for (int j = 0; j <= LAG; j++)
 #pragma unroll
-      for (int v = 0; v < V; v++) pending.x[j][v] = 0.0f;
+      for (int v = 0; v < V; v++) walk.pending.x[j][v] = 0.0f;
     char* out = (char*)at.rows(p.out, p.sout);
-    const u32 stride = (u32)p.sout.token;
-    for (int t0 = 0; t0 < at.steps + LAG; t0 += T)
+    int t = 0;
+    // The last tile may end beyond the run only where the sample ends: there everything is zero.
+    for (; t < at.steps; t += T)
 #pragma unroll
-      for (int i = 0; i < T; i++) {
-        const int t = t0 + i, before = t - LAG;
-        if (PACKED && age[t] == 0) in.restart(p, at, row[t], 0);
-        in.push(x.take(i, token[t + T]));
-        const Pack<In, V> given = dy.take(i, token[t + T]);
-        float g[V], done[V];
+      for (int i = 0; i < T; i++) walk.step<true>(p, at, b, out, t + i, i);
 #pragma unroll
-        for (int v = 0; v < V; v++) {
-          g[v] = given.at(v);
-          if (SILU) g[v] *= slope(taps.sum(in, v));
-          const float counted = t < at.steps ? g[v] : 0.0f;
-#pragma unroll
-          for (int j = 0; j < W; j++) sums[j][v] = fmaf(counted, in.x[j][v], sums[j][v]);
-          sums[W][v] += counted;
-        }
-        pending.add(taps, g, PACKED ? age[t] : LAG, done);
-        const bool complete = before >= 0 && before < at.steps;
-        if (FINAL && complete) {
-          const int until = PACKED ? left[before] : p.m - 1 - (at.begin + before);
-          const float* end = p.dfinal + at.of_row(p, PACKED ? row[before] : at.sample, LAG) + LAG - 1 - until;
-          if (until < LAG)
-#pragma unroll
-            for (int v = 0; v < V; v++) done[v] += __ldg(end + v * LAG);
-        }
-        store_row<ADDED>(out, stride, complete ? token[before] : -1, done);
-      }
+    for (int i = 0; i < LAG; i++) walk.step<false>(p, at, b, out, t + i, i % T);
   }
   // Sums over the runs of the block, one after another: the same in every run of the program.
   for (int slot = 0; slot < RUNS; slot++) {
@@ -339,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv_backward(cons
 #pragma unroll
       for (int j = 0; j <= W; j++) {
         float& sum = column[j < W ? v * W + j : TAPS + v];
-        sum = slot ? sum + sums[j][v] : sums[j][v];
+        sum = slot ? sum + walk.sums[j][v] : walk.sums[j][v];
       }
   }
   __syncthreads();
