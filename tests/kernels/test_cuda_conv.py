@@ -65,11 +65,11 @@ def test_every_launch_is_sound(kernel):
         launch = _conv_plan.launch(kernel, taps, d, aligned)
         assert launch.width <= aligned
         assert 1 <= launch.threads <= 128
-        staged = launch.slots * (_conv_plan.steps(10**6, 1, launch.tile) + 2 * (taps - 1) + 2 * launch.tile)
         column = (launch.width * (taps + 1)) | 1
-        assert 4 * (launch.columns * column + 4 * max(staged, 2048)) <= 48 * 1024
-        for m, rows in itertools.product((1, 8, 197, 65_536), (1, 1000, 10**6)):
-            run = _conv_plan.steps(m, rows, launch.tile)
+        staged = max(2048, 64 + 2 * (taps - 1) + 2 * launch.tile)
+        assert 4 * (launch.columns * column + 4 * staged) <= 48 * 1024
+        for m, samples in itertools.product((0, 1, 8, 197, 65_536), (0, 1, 128)):
+            run = _conv_plan.steps(launch, m, samples, 6)
             assert 1 <= run <= 64
             assert run % launch.tile == 0
 

@@ -13,7 +13,8 @@ from ._plan import FORMATS, _text
 _LONGEST = 64  # steps of a run
 _THREADS = 128  # of a block
 _STAGED = 2048  # steps of all runs of a block whose tokens fit in shared memory
-_FULL = 120_000  # threads that fill a large GPU
+_PROCESSORS = 132  # of a large GPU
+_OVERHEAD = 4  # steps that a block's beginning and end take as long as
 # Weights per thread at most, steps read ahead, and resident warps of a multiprocessor that the registers must allow.
 _TABLE = {"forward": (32, 4, 16), "backward": (16, 4, 16)}
 _MANY_TAPS = (1, 1, 8)  # more than 16: the registers are full with one channel
@@ -71,19 +72,24 @@ def launch(kernel: str, taps: int, d: int, aligned: int) -> Launch:
     return Launch(taps, width, tile, columns, slots, max(1, warps // -(-columns * slots // 32)))
 
 
-def steps(m: int, rows: int, tile: int) -> int:
-    """Steps of a run: the fewer, the more threads; the more, the less is read twice.
+def steps(launch: Launch, m: int, samples: int, across: int) -> int:
+    """Steps of a run: the fewer, the more blocks there are; the more, the less is read twice.
+
+    Blocks come in waves of what is resident at once; a last wave that is not full still takes half as long as one.
 
     Args:
+        launch: Of the kernel.
         m: Steps of a sample.
-        rows: Threads that there would be with one run per sample.
-        tile: What the result is a multiple of.
+        samples: How many.
+        across: Blocks side by side: of channels, for each direction.
     """
-    run = _LONGEST
-    while run > 16 and rows * -(-m // run) < _FULL:
-        run //= 2
-    runs = max(1, round(m / run))
-    return min(_LONGEST, -(-m // runs // tile) * tile if m else tile)
+
+    def cost(run: int) -> float:
+        blocks = -(-samples * -(-m // run) // launch.slots) * across
+        full, rest = divmod(blocks / (_PROCESSORS * launch.blocks), 1)
+        return (full + (0.5 + 0.5 * rest if rest else 0)) * (run + launch.taps - 1 + _OVERHEAD)
+
+    return min(range(-(-8 // launch.tile) * launch.tile, _LONGEST + 1, launch.tile), key=cost)
 
 
 @lru_cache(maxsize=1024)

@@ -151,7 +151,7 @@ class _Setup:
 
     def _runs(self, launch: Launch) -> tuple[int, int]:
         """Steps of a run, and runs of a sample."""
-        run = _conv_plan.steps(self.m, self.b * self.k * -(-self.d // launch.width), launch.tile)
+        run = _conv_plan.steps(launch, self.m, self.b, self.k * -(-self.d // launch.channels))
         return run, -(-self.m // run)
 
     def _load(self, name: str) -> tuple[nvrtc.Kernel, int, int, bytes]:
