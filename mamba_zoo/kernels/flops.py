@@ -77,7 +77,7 @@ def _ssd(x, dt, A, B, C, D, decay, dt_bias, order, *others: Any, **keywords: Any
 
 
 @register_flop_formula(torch.ops.mamba_zoo.ssd_backward)
-def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, decay, dt_bias, order, *others: Any, **keywords: Any) -> int:
+def _ssd_backward(dy, dfinal, saved, x, dt, A, B, C, D, decay, dt_bias, order, *others: Any, **keywords: Any) -> int:
     return 2 * ssd_flops(x, dt, B, order, D is not None)
 
 

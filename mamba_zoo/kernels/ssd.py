@@ -118,9 +118,12 @@ def ssd(
     rows = b if offsets is None else offsets.shape[1] - 1
     if initial_state is not None and initial_state.shape != (rows, k, h, p, n):
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}, expected {(rows, k, h, p, n)}")
-    y, final = _forward(
+    save = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, dt, A, B, C, D, decay, dt_bias, initial_state)
+    )
+    y, final, _ = _forward(
         x, dt, A, B, C, D, decay, dt_bias, table, offsets, initial_state,
-        dt_softplus, complete, chunk_size or 0, out_dtype or x.dtype, return_final_state,
+        dt_softplus, complete, chunk_size or 0, out_dtype or x.dtype, save, return_final_state,
         choose(backend, x.device, x.dtype, "ssd"),
     )  # fmt: skip
     if z is not None:
@@ -200,30 +203,35 @@ def _run_forward(
     complete: bool,
     chunk: int,
     out_dtype: torch.dtype,
+    save: bool,
     want_final: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     s = SsdArgs(
         x, dt, A, B, C, D, decay, dt_bias, order, offsets, initial_state, dt_softplus, complete, chunk, out_dtype
     )
-    y, final = implementation(backend, "ssd").forward(s, want_final)
-    return y, dt.new_empty(0, dtype=s.state_dtype) if final is None else final
+    return implementation(backend, "ssd").forward(s, save, want_final)
 
 
 def _fake_forward(
     x, dt, A, B, C, D, decay, dt_bias, order, offsets, initial_state,
-    dt_softplus, complete, chunk, out_dtype, want_final, backend,
+    dt_softplus, complete, chunk, out_dtype, save, want_final, backend,
 ):  # fmt: skip
     s = SsdArgs(
         x, dt, A, B, C, D, decay, dt_bias, order, offsets, initial_state, dt_softplus, complete, chunk, out_dtype
     )
-    final = s.new_state() if want_final else dt.new_empty(0, dtype=s.state_dtype)
-    return x.new_empty(s.y_shape, dtype=out_dtype), final
+    saved = implementation(backend, "ssd").saved_shape(s) if save else (0,)
+    return (
+        x.new_empty(s.y_shape, dtype=out_dtype),
+        s.new_state() if want_final else x.new_empty(0, dtype=torch.float32),
+        x.new_empty(saved, dtype=torch.float32),
+    )
 
 
 def _run_backward(
     dy: Tensor,
     dfinal: Tensor | None,
+    saved: Tensor | None,
     x: Tensor,
     dt: Tensor,
     A: Tensor | None,
@@ -244,12 +252,12 @@ def _run_backward(
     s = SsdArgs(
         x, dt, A, B, C, D, decay, dt_bias, order, offsets, initial_state, dt_softplus, complete, chunk, out_dtype
     )
-    grads = implementation(backend, "ssd").backward(s, dy, dfinal)
+    grads = implementation(backend, "ssd").backward(s, dy, dfinal, saved)
     return [grads[name] for name in s.differentiable()]
 
 
 def _fake_backward(
-    dy, dfinal, x, dt, A, B, C, D, decay, dt_bias, order, offsets, initial_state,
+    dy, dfinal, saved, x, dt, A, B, C, D, decay, dt_bias, order, offsets, initial_state,
     dt_softplus, complete, chunk, out_dtype, backend,
 ):  # fmt: skip
     given = (x, dt, A, B, C, D, decay, dt_bias, initial_state)
@@ -257,22 +265,22 @@ def _fake_backward(
 
 
 def _save(ctx, inputs, output):
-    *tensors, dt_softplus, complete, chunk, out_dtype, want_final, backend = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, dt_softplus, complete, chunk, out_dtype, _, want_final, backend = inputs
+    ctx.save_for_backward(*tensors, output[2])
     ctx.flags = (dt_softplus, complete, chunk, out_dtype)
     ctx.backend, ctx.want_final = backend, want_final
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx, dy, dfinal):
-    tensors = ctx.saved_tensors
+def _gradient(ctx, dy, dfinal, _):
+    *tensors, saved = ctx.saved_tensors
     s = SsdArgs(*tensors, *ctx.flags)
     if dy is None:  # only the final state was used
         dy = s.x.new_zeros(s.y_shape, dtype=s.out_dtype)
-    values = _backward(dy, dfinal if ctx.want_final else None, *tensors, *ctx.flags, ctx.backend)
+    values = _backward(dy, dfinal if ctx.want_final else None, saved, *tensors, *ctx.flags, ctx.backend)
     by_name = dict(zip(s.differentiable(), values, strict=True))
     g = [by_name.get(name) for name in NAMES]
-    return *g[:8], None, None, g[8], *[None] * 6
+    return *g[:8], None, None, g[8], *[None] * 7
 
 
 _forward = Op("ssd", _run_forward, _fake_forward)

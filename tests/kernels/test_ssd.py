@@ -346,7 +346,7 @@ def test_opcheck(backend):
     table, complete = prepare_order(p["order"], 2, 9, 2, torch.device(device))
     x, dt, A, B, C, D, bias = (p[key].requires_grad_() for key in ("x", "dt", "A", "B", "C", "D", "dt_bias"))
     state = torch.randn(2, 2, 4, 6, 5, device=device, requires_grad=True)
-    args = (x, dt, A, B, C, D, None, bias, table, None, state, True, complete, 0, torch.float32, True, name)
+    args = (x, dt, A, B, C, D, None, bias, table, None, state, True, complete, 0, torch.float32, True, True, name)
     torch.library.opcheck(torch.ops.mamba_zoo.ssd.default, args)
 
 

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-OPTIONAL = ("first_chunk", "initial", "ends", "totals", "final", "ddecay")
+OPTIONAL = ("first_chunk", "initial", "ends", "final", "ddecay")
 
 
 def compiled(

@@ -18,23 +18,28 @@ from . import selective_scan
 _FORWARD, _BACKWARD = 128, 64  # states up to which the loops are taken
 
 
-def forward(s: SsdArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
-    """`(y, final state if wanted)`; see `SsdArgs` for the shapes."""
+def saved_shape(s: SsdArgs) -> tuple[int, ...]:
+    """The shape of what `forward` saves: nothing."""
+    return (0,)
+
+
+def forward(s: SsdArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor | None, None]:
+    """`(y, final state if wanted, nothing saved)`; see `SsdArgs` for the shapes."""
     scan = _as_scan(s, _FORWARD)
     if scan is None:
-        return _ssd_chunked.forward(s, want_final)
+        return *_ssd_chunked.forward(s, want_final), None
     y, final, _ = selective_scan.forward(scan, False, want_final)
-    return y.view(s.y_shape), None if final is None else final.view(s.rows, s.k, s.h, s.p, s.n)
+    return y.view(s.y_shape), None if final is None else final.view(s.rows, s.k, s.h, s.p, s.n), None
 
 
-def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
+def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None, saved: None) -> dict[str, Tensor]:
     """Gradients of all inputs that are given, by their names."""
     scan = _as_scan(s, _BACKWARD)
     if scan is None:
         return _ssd_chunked.backward(s, dy, dfinal)
-    _, _, saved = selective_scan.forward(scan, True, False)
+    _, _, kept = selective_scan.forward(scan, True, False)
     dfinal = None if dfinal is None else dfinal.flatten(2, 3)
-    grads = selective_scan.backward(scan, dy.flatten(-2), dfinal, saved)  # type: ignore[arg-type]
+    grads = selective_scan.backward(scan, dy.flatten(-2), dfinal, kept)  # type: ignore[arg-type]
     by_head = {name: grads[name].unflatten(-1, (s.h, s.p)).sum(-1) for name in ("dt", "dt_bias") if name in grads}
     found = {"x": grads["u"].view(s.x.shape), "A": grads["A"].unflatten(1, (s.h, s.p)).sum((2, 3)), **by_head}
     found |= {name: grads[name][:, :, :, None] for name in ("B", "C")}

@@ -9,8 +9,13 @@ from torch import Tensor
 from .._ssd_args import SsdArgs
 
 
-def forward(s: SsdArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
-    """`(y, final state if wanted)`; see `SsdArgs` for the shapes."""
+def saved_shape(s: SsdArgs) -> tuple[int, ...]:
+    """The shape of what `forward` saves: nothing."""
+    return (0,)
+
+
+def forward(s: SsdArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor | None, None]:
+    """`(y, final state if wanted, nothing saved)`; see `SsdArgs` for the shapes."""
     y = s.x.new_zeros(s.y_shape, dtype=s.state_dtype)
     final = s.new_state()
     for k in range(s.k):
@@ -21,10 +26,10 @@ def forward(s: SsdArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
                 h = v.decay[:, t, :, None, None] * h + v.drive(t)
                 v.write(y[:, :, k], t, (h * v.C[:, t, :, None]).sum(-1) + v.skip * v.x[:, t])
             final[v.rows, k] = h
-    return y.to(s.out_dtype), final if want_final else None
+    return y.to(s.out_dtype), final if want_final else None, None
 
 
-def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
+def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None, saved: None) -> dict[str, Tensor]:
     """Gradients of all inputs that are given, by their names."""
     acc = s.state_dtype
     grads = {name: torch.zeros(t.shape, dtype=acc, device=t.device) for name, t in s.differentiable().items()}

@@ -33,7 +33,7 @@ STATES = [*SIZES, "v_b", "v_l", "v_k", "v_h", "M_b", "M_l", "M_k", "M_g"]
 
 @triton.jit(do_not_specialize=FORWARD)
 def ssd_forward(
-    x, B, C, D, deltas, sums_of_steps, order, first_chunk, initial, ends, totals, y, final,
+    x, B, C, D, deltas, sums_of_steps, order, first_chunk, initial, ends, y, final,
     m, k, h, per_group, blocks, chunks, segments, per_segment, rows, order_b, order_k,
     l, x_b, x_l, x_k, x_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, D_k, D_h, D_p,
     N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, Q: tl.constexpr,
@@ -61,7 +61,7 @@ def ssd_forward(
     if D is not None:
         skip = tl.load(D + direction * D_k + head * D_h + lane * D_p, mask=lane_ok, other=0.0)[None, :]
     state = entering_state(
-        initial, ends, totals, row, direction, head, segment, segments, k, h, block, False, N, NP, P, PB
+        initial, ends, row, direction, head, segment, segments, rows, k, h, block, False, N, NP, P, PB
     )
     step = tl.arange(0, Q)
     steps = ((sample * k + direction) * chunks * h + head) * Q
@@ -96,7 +96,7 @@ def ssd_forward(
 
 @triton.jit(do_not_specialize=STATES)
 def ssd_states(
-    values, maps, deltas, sums_of_steps, order, first_chunk, initial, ends, totals, states, final,
+    values, maps, deltas, sums_of_steps, order, first_chunk, initial, ends, states, final,
     m, k, h, per_group, blocks, chunks, segments, per_segment, rows, order_b, order_k,
     v_b, v_l, v_k, v_h, M_b, M_l, M_k, M_g,
     REVERSE: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr,
@@ -104,7 +104,7 @@ def ssd_states(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """States alone: those that enter each chunk, `states (b, k, chunks, h, n, p)`, or where there are none of these,
-    what each segment leaves, `ends` and `totals`.
+    what each segment leaves, `ends`.
 
     Forwards the states of the scan, from x and B. With REVERSE the gradients of the states that leave the chunks, from
     dy and C, and `final` is the gradient of the initial state.
@@ -125,7 +125,7 @@ def ssd_states(
     inside, exists = in_states(block, N, NP, P, PB)
     if states is not None:
         state = entering_state(
-            initial, ends, totals, row, direction, head, segment, segments, k, h, block, REVERSE, N, NP, P, PB
+            initial, ends, row, direction, head, segment, segments, rows, k, h, block, REVERSE, N, NP, P, PB
         )
         states += ((sample * k + direction) * chunks * h + head) * (N * P)
     else:
@@ -159,6 +159,7 @@ def ssd_states(
     if states is None:
         place = ((row * k + direction) * segments + segment) * h + head
         tl.store(ends + place * (N * P) + inside, state, mask=exists)
+        totals = ends + tl.full((), rows, tl.int64) * k * segments * h * (N * P)
         tl.store(totals + place, whole)
     elif final is not None:
         if segment == (0 if REVERSE else segments - 1):

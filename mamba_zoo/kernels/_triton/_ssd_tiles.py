@@ -62,13 +62,13 @@ def in_states(block, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.
 
 @triton.jit
 def entering_state(
-    initial, ends, totals, row, direction, head, segment, segments, k, h, block,
+    initial, ends, row, direction, head, segment, segments, rows, k, h, block,
     REVERSE: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.constexpr,
 ):  # fmt: skip
     """The state (NP, PB) that enters a segment, from the given one and what the segments before it leave.
 
-    `initial (rows, k, h, p, n)`; `ends (rows, k, segments, h, n, p)` and the sums of the binary logarithms of decays,
-    `totals (rows, k, segments, h)`; None where there is one segment.
+    `initial (rows, k, h, p, n)`; `ends (rows, k, segments, h, n, p)`, followed by the sums of the binary logarithms of
+    decays `(rows, k, segments, h)`; None where there is one segment.
     """
     state = tl.zeros((NP, PB), tl.float32)
     inside, exists = in_states(block, N, NP, P, PB)
@@ -77,6 +77,7 @@ def entering_state(
         lane = (block * PB + tl.arange(0, PB))[None, :]
         state += tl.load(initial + ((row * k + direction) * h + head) * (N * P) + lane * N + n, mask=exists, other=0.0)
     if ends is not None:
+        totals = ends + tl.full((), rows, tl.int64) * k * segments * h * (N * P)
         before = segments - 1 - segment if REVERSE else segment
         for i in range(before):
             other = segments - 1 - i if REVERSE else i

@@ -1,7 +1,7 @@
 """The state-space dual through Triton: launch shapes, buffers and the sums that follow the kernels.
 
 Forward: one launch, or two for long sequences in few samples. Backward: the states of all chunks again, those of the
-gradient, and one kernel for the rest. Nothing but the inputs is kept between the two.
+gradient, and two kernels for the rest. Kept between the two is what segments leave, at most 16 states of a head.
 """
 
 from __future__ import annotations
@@ -52,21 +52,27 @@ _SHARED = 144 * 1024  # bytes that MAPS needs at most; GPUs with less (8.6, 8.9,
 WIDE_FORWARD, WIDE_STATES, WIDE_HEADS, WIDE_MAPS = Shape(4), Shape(8, 2), Shape(4), Shape(4)
 
 
-def forward(s: SsdArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
-    """`(y, final state if wanted)`; see `SsdArgs` for the shapes."""
+def saved_shape(s: SsdArgs) -> tuple[int, ...]:
+    """The shape of what `forward` saves."""
+    segments = _segments(s)[0] if _serves(s) else 1
+    return (0,) if segments == 1 else (s.rows * s.k * segments * s.h * (s.n * s.p + 1),)
+
+
+def forward(s: SsdArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`(y, final state if wanted, what segments leave if saved)`; see `SsdArgs` for the shapes."""
     if not _serves(s):
-        return _ssd_chunked.forward(s, want_final)
+        return *_ssd_chunked.forward(s, want_final), None
     c = _Call(s)
     y = c.new(c.plan.y_shape, s.out_dtype)
     final = s.new_state() if want_final else None
-    ends, totals = c.ends(c.plan.ends, c.x, c.B)
+    ends = c.ends(c.plan.states, c.x, c.B)
     c.plan.forward(
-        s.x, c.x, c.B, c.C, s.D, c.deltas, c.sums, c.order, c.first_chunk, c.initial, ends, totals, y, final
+        s.x, c.x, c.B, c.C, s.D, c.deltas, c.sums, c.order, c.first_chunk, c.initial, ends, y, final
     )  # fmt: skip
-    return y if y.dtype == s.out_dtype else y.to(s.out_dtype), final
+    return y if y.dtype == s.out_dtype else y.to(s.out_dtype), final, ends if save else None
 
 
-def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
+def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor | None) -> dict[str, Tensor]:
     """Gradients of all inputs that are given, by their names."""
     if not _serves(s):
         return _ssd_chunked.backward(s, dy, dfinal)
@@ -74,8 +80,10 @@ def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]
     c = _Call(s, dy)
     plan = c.plan
     dinitial = None if s.initial_state is None else s.new_state()
-    states = c.states(plan.ends, c.x, c.B, c.initial, None)
-    ahead = c.states(plan.ends_ahead, dy, c.C, contiguous(dfinal), dinitial)
+    if saved is None or not saved.numel():
+        saved = c.ends(plan.states, c.x, c.B)
+    states = c.states(plan.states, c.x, c.B, c.initial, saved, None)
+    ahead = c.states(plan.ahead, dy, c.C, contiguous(dfinal), c.ends(plan.ahead, dy, c.C), dinitial)
 
     dx, ddt = c.new(plan.y_shape, s.x.dtype), c.new(s.dt.shape, s.dt.dtype)
     ddecay = None if s.decay is None else c.new(s.dt.shape, s.decay.dtype)
@@ -147,30 +155,32 @@ class _Call:
         make = self.s.x.new_empty if self.s.complete else self.s.x.new_zeros
         return make(shape, dtype=stored_dtype(self.s.x, dtype))
 
-    def ends(self, launch: Launch, values: Tensor, maps: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What each segment leaves, and the sum of the logarithms of its decays, if there is more than one."""
+    def ends(self, launch: Launch, values: Tensor, maps: Tensor) -> Tensor | None:
+        """What each segment leaves, and the sums of the logarithms of its decays, if there is more than one."""
         if self.plan.segments == 1:
-            return None, None
-        x = self.s.x
-        ends = x.new_empty(self.plan.ends_shape, dtype=torch.float32)
-        totals = x.new_empty(self.plan.ends_shape[:4], dtype=torch.float32)
-        self._states(launch, values, maps, None, ends, totals, None, None)
-        return ends, totals
+            return None
+        ends = self.s.x.new_empty(self.plan.ends_shape, dtype=torch.float32)
+        self._states(launch, values, maps, None, ends, None, None)
+        return ends
 
     def states(
-        self, launch: Launch, values: Tensor, maps: Tensor, initial: Tensor | None, final: Tensor | None
+        self,
+        launch: Launch,
+        values: Tensor,
+        maps: Tensor,
+        initial: Tensor | None,
+        ends: Tensor | None,
+        final: Tensor | None,
     ) -> Tensor:
         """The states that enter the chunks, `(b, k, chunks, h, n, p)`, in the dtype of the products."""
         states = self.s.x.new_empty(self.plan.states_shape, dtype=self.plan.multiplied)
-        ends, totals = self.ends(launch, values, maps)
-        self._states(launch, values, maps, initial, ends, totals, states, final)
+        self._states(launch, values, maps, initial, ends, states, final)
         return states
 
-    def _states(self, launch, values, maps, initial, ends, totals, states, final) -> None:
+    def _states(self, launch, values, maps, initial, ends, states, final) -> None:
         launch(
-            self.s.x, values, maps, self.deltas, self.sums, self.order, self.first_chunk, initial, ends, totals,
-            states, final,
-        )  # fmt: skip
+            self.s.x, values, maps, self.deltas, self.sums, self.order, self.first_chunk, initial, ends, states, final
+        )
 
 
 class _Plan:
@@ -187,12 +197,8 @@ class _Plan:
         channels = launch_shape("forward", n, p, x.dtype)[1]
         steps, blocks, m = s.chunk or _STEPS, -(-p // channels), order.shape[2]
         chunks = -(-m // steps)
-        self.segments, per_segment = 1, chunks
-        streams = rows * k * h * blocks
-        if s.offsets is None and 2 * streams <= _PROGRAMS and chunks > 1:
-            per_segment = -(-chunks // min(_SEGMENTS, _PROGRAMS // streams, chunks))
-            self.segments = -(-chunks // per_segment)
-        programs = streams * self.segments
+        self.segments, per_segment = _segments(s) if s.offsets is None else (1, chunks)
+        programs = rows * k * h * blocks * self.segments
         in_order = (0 if order.shape[0] == 1 else order.stride(0), order.stride(1))
         width, state_width = common_width([x, dy], p), common_width([B, C], n)
         wide = l * k * max(h * p, g * n) >= 2**31 or needs_wide_offsets(x, B, C, dy, s.dt, s.decay)
@@ -218,15 +224,15 @@ class _Plan:
         sizes = (m, k, h, h // g, blocks, chunks, self.segments, per_segment, rows, *in_order)
         of_x, of_B, of_C = _strides(x, width), _strides(B, state_width), _strides(C, state_width)
         of_D = (0, 0, 0) if s.D is None else s.D.stride()
-        self.ends_shape, self.states_shape = (rows, k, self.segments, h, n, p), (b, k, chunks, h, n, p)
-        self.ends = Launch(ssd_states, programs, (*sizes, *of_x, *of_B), {"REVERSE": False, **made("states")})
+        self.ends_shape, self.states_shape = rows * k * self.segments * h * (n * p + 1), (b, k, chunks, h, n, p)
+        self.states = Launch(ssd_states, programs, (*sizes, *of_x, *of_B), {"REVERSE": False, **made("states")})
         self.forward = Launch(ssd_forward, programs, (*sizes, l, *of_x, *of_B, *of_C, *of_D), made("forward"))
         if dy is None:
             return
         from ._ssd_backward import ssd_backward_heads, ssd_backward_maps
 
         of_dy = _strides(dy, width)
-        self.ends_ahead = Launch(ssd_states, programs, (*sizes, *of_dy, *of_C), {"REVERSE": True, **made("states")})
+        self.ahead = Launch(ssd_states, programs, (*sizes, *of_dy, *of_C), {"REVERSE": True, **made("states")})
         sizes = (m, k, h, h // g, chunks, rows, *in_order, l)
         self.sums_shape = (b * chunks, k, h, p + 2)
         self.heads = Launch(
@@ -257,6 +263,16 @@ def _plan(s: SsdArgs, x: Tensor, B: Tensor, C: Tensor, order: Tensor, dy: Tensor
             _plans.clear()
         found = _plans[key] = _Plan(s, x, B, C, order, dy)
     return found
+
+
+def _segments(s: SsdArgs) -> tuple[int, int]:
+    """Segments that a direction is cut into, and chunks of each."""
+    chunks = -(-s.m // (s.chunk or _STEPS))
+    streams = s.rows * s.k * s.h * -(-s.p // launch_shape("forward", s.n, s.p, s.x.dtype)[1])
+    if s.offsets is not None or 2 * streams > _PROGRAMS or chunks < 2:
+        return 1, chunks
+    per_segment = -(-chunks // min(_SEGMENTS, _PROGRAMS // streams, chunks))
+    return -(-chunks // per_segment), per_segment
 
 
 def _in_bfloat16(s: SsdArgs) -> bool:
