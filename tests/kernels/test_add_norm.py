@@ -1,9 +1,6 @@
 """The fused addition and norm against the same in float64, on every backend that runs here."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,17 +77,6 @@ else:
     def test_agrees_with_float64(case, device):
         check(device, "auto", **case)
         check(device, "reference", **case)
-
-    def test_triton_interpreted():
-        pytest.importorskip("triton", reason="triton is not installed")
-        allow = "ignore:Conversion of an array:DeprecationWarning"  # triton's interpreter with a newer numpy
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-W", allow, "-p", "no:cacheprovider", __file__],
-            env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:]
-        assert f"{len(CASES)} passed" in done.stdout, done.stdout[-500:]
 
     def test_only_the_stream_or_only_the_norm_is_used(device):
         for used in (0, 1):

@@ -251,19 +251,8 @@ def test_scan_specs_keep_their_commas():
 
 def test_command_line_trains_for_real_and_reports(tmp_path, capsys):
     out = tmp_path / "real"
-    arguments = [
-        "compare",
-        "--scans",
-        "cross",
-        "--controls",
-        "none",
-        "--seeds",
-        "1",
-        "--epochs",
-        "1",
-        "--out",
-        str(out),
-    ]
+    settings = ["--scans", "cross", "--controls", "none", "--seeds", "1", "--epochs", "1"]
+    arguments = ["compare", *settings, "--out", str(out)]
     assert cli([*arguments, "--batch-size", "256"]) == 0
     shown = capsys.readouterr().out
     assert "Results" in shown

@@ -133,7 +133,7 @@ def test_detectors_learn(head, tiles, tmp_path, device):
     masks = head == "mask_rcnn"
     data = (InstanceData if masks else DetectionData)(str(tiles), batch_size=8)
     # One stage needs more steps, and a gentle start.
-    epochs, lr, warmup = (28, 4e-3, 2.0) if head == "retinanet" else (8, 5e-3, 0.5)
+    epochs, lr, warmup = (16, 6e-3, 1.0) if head == "retinanet" else (5, 8e-3, 0.5)
     model = {"lr": lr, "head": head if head == "retinanet" else None, "warmup_epochs": warmup, **SMALL}
     result = train_once(FAST, data, tmp_path / "run", max_epochs=epochs, model=model, trainer=accelerator(device))
     assert result["curve"][-1]["train/loss"] < 0.6 * result["curve"][0]["train/loss"]
@@ -145,11 +145,11 @@ def test_detectors_learn(head, tiles, tmp_path, device):
     assert loaded.hparams["head"] == head
 
 
-@pytest.mark.parametrize("head", ["upernet", "fpn"])
-def test_segmenters_learn_digits(head, few, tmp_path, device):
-    data = SegmentationData(batch_size=8)
+@pytest.mark.parametrize(("head", "epochs", "batch_size"), [("upernet", 3, 4), ("fpn", 4, 8)])
+def test_segmenters_learn_digits(head, epochs, batch_size, few, tmp_path, device):
+    data = SegmentationData(batch_size=batch_size)
     model = {"lr": 6e-3, "head": head, "width": 32, "out_indices": [0, 1, 2]}
-    result = train_once(FAST, data, tmp_path, max_epochs=4, model=model, trainer=accelerator(device))
+    result = train_once(FAST, data, tmp_path, max_epochs=epochs, model=model, trainer=accelerator(device))
     assert result["mIoU"] > 0.12  # all background: 1/11
     assert result["test"]["accuracy"] > 0.85
     items = np.load(tmp_path / "test_items.npy")
@@ -242,8 +242,10 @@ def test_bad_settings_say_what_is_wrong(make, message):
 
 
 @pytest.mark.parametrize("task", ["object-detection", "instance-segmentation", "semantic-segmentation"])
-def test_predictions_are_files_and_pictures(task, few, tmp_path, monkeypatch, capsys):
+def test_predictions_are_files_and_pictures(task, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 32), ("val", 4), ("test", 6)):
+        monkeypatch.setitem(COUNTS, split, count)
     for i, canvas in enumerate(Canvases("test")[i] for i in range(2)):
         (tmp_path / "photos" / "more").mkdir(parents=True, exist_ok=True)
         Image.fromarray(canvas.image).crop((0, 0, 64, 50)).save(tmp_path / "photos" / ("more/1.png" if i else "0.png"))
@@ -256,7 +258,7 @@ def test_predictions_are_files_and_pictures(task, few, tmp_path, monkeypatch, ca
     flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     assert main(["fit", "--task", task, "--out", "run", *flags]) == 0
     assert main(["test", "--checkpoint", "run", "--device", "cpu"]) == 0
-    assert json.loads((tmp_path / "run" / "test.json").read_text())["images"] == 24
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["images"] == 6
     capsys.readouterr()
     predict = ["predict", "--checkpoint", "run", "--data", "photos", "--device", "cpu", "--out", "found"]
     if task != "semantic-segmentation":
