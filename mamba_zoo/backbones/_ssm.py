@@ -142,8 +142,12 @@ class SelectiveSSM(nn.Module):
             `(b, l, k, d)`, or `(b, l, d)` with `reduce`; float32 when the tokens are float16, whose sums over
             directions and states overflow, otherwise in their dtype.
         """
+        if self.dt_bias.shape[-1] == 1 and cu_seqlens is None and (order is None or order.dim() == 2):
+            return self._one_channel(u, z, order, reduce)
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = self.dt_proj(low)
+        if u.shape[1] == 1 and cu_seqlens is None and (order is None or order.shape[-1] == 1):
+            return self._one_token(u, dt, B, C, z, reduce)
         with recomputed(dt, self.dt_proj, low):  # the widest of all tensors here, made of a few channels
             return selective_scan(
                 u,
@@ -160,6 +164,52 @@ class SelectiveSSM(nn.Module):
                 cu_seqlens=cu_seqlens,
                 out_dtype=torch.float32 if B.dtype == torch.float16 else None,
             )
+
+    def _one_channel(self, u: Tensor, z: Tensor | None, order: Tensor | None, reduce: str | None) -> Tensor:
+        """The scan of a single channel, whose B and C are the token times one map each.
+
+        The token leaves both maps, so that all samples share them and are the channels of one scan: B and C of every
+        sample and state, by far the widest tensors of such a layer, are never made.
+        """
+        dtype = u.dtype
+        u, weight = self._wide(u)[..., 0], self._wide(self.x_proj.weight)[..., 0]
+        low, B, C = weight.split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # (k, ...)
+        each = u if u.dim() == 3 else u[:, :, None]  # (b, l, k or 1)
+        dt = each * (self.dt_proj.weight[:, 0] * low).sum(-1)
+        (b, l, k), squares = dt.shape, u.square()
+        with torch.autocast(u.device.type, enabled=False):  # squares do not fit float16, and nothing here is wide
+            y = selective_scan(
+                squares.movedim(0, -1)[None],
+                dt.movedim(0, -1)[None],
+                self.decay().expand(k, b, -1),
+                B.expand(1, l, -1, -1),
+                C.expand(1, l, -1, -1),
+                order=order,
+                dt_bias=self.dt_bias.expand(k, b),
+                dt_softplus=True,
+                out_dtype=u.dtype,
+            )
+        y = (each * (y[0].movedim(-1, 0) + self.D[:, 0]))[..., None]
+        return self._gated(y, z, reduce, dtype)
+
+    def _one_token(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, reduce: str | None) -> Tensor:
+        """The scan of a single token, which finds no memory: B and C meet before they meet the channels."""
+        dtype = u.dtype
+        u, dt, B, C = (self._wide(x) for x in (u if u.dim() == 4 else u[:, :, None], dt, B, C))
+        y = u * (F.softplus(dt + self.dt_bias) * (B * C).sum(-1, keepdim=True) + self.D)
+        y = y + 0 * self.A_log.sum()  # decay rates have a gradient, which is zero
+        return self._gated(y, z, reduce, dtype)
+
+    @staticmethod
+    def _wide(x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def _gated(self, y: Tensor, z: Tensor | None, reduce: str | None, dtype: torch.dtype) -> Tensor:
+        """What the scan does behind its states, for `(b, l, k, d)` of tokens that were of `dtype`."""
+        if z is not None:
+            y = y * F.silu(self._wide(z if z.dim() == 4 else z[:, :, None]))
+        y = y if reduce is None else y.sum(2) if reduce == "sum" else y.mean(2)
+        return y if dtype == torch.float16 else y.to(dtype)
 
     def called_as_this(self, layer: nn.Module) -> nn.Module:
         """`layer`, which is called like a `SelectiveSSM`, so that it can take the place of this one; see `mixer=`."""

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from mamba_zoo.backbones import _recompute
 from mamba_zoo.backbones._block import LeanMlp
 from mamba_zoo.backbones._ssm import DirectionLinear, SelectiveSSM
+from mamba_zoo.kernels import selective_scan
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -82,3 +83,37 @@ def test_large_activations_are_computed_again_instead_of_kept(half, device, monk
     assert (kept, count) == (False, 2)
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduce", [None, "sum", "mean"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize(("dim", "l"), [(1, 9), (6, 1), (1, 1)], ids=["one channel", "one token", "both"])
+def test_one_channel_or_one_token_is_the_same_scan(dim, l, shared, reduce, device):
+    torch.manual_seed(0)
+    ssm = SelectiveSSM(dim, 4, 2, k=3, device=device, dtype=torch.float64)
+    u, z = (torch.randn(5, l, *shape, dim, dtype=torch.float64) for shape in ([] if shared else [3], []))
+    u, z = (x.to(device).requires_grad_() for x in (u, z))
+    order = torch.stack([torch.randperm(l) for _ in range(3)]).to(device)
+    low, B, C = ssm.x_proj(u).split([2, 4, 4], dim=-1)
+    wanted = selective_scan(
+        u, ssm.dt_proj(low), ssm.decay(), B, C, ssm.D, z, order, ssm.dt_bias, dt_softplus=True, reduce=reduce
+    )
+    found = ssm(u, z, order, reduce)
+    torch.testing.assert_close(found, wanted)
+    inputs, seed = [u, z, *ssm.parameters()], torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, seed) for y in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "l"), [(1, 9), (6, 1)], ids=["one channel", "one token"])
+def test_one_channel_or_one_token_in_half_precision(dim, l, dtype, device):
+    torch.manual_seed(0)
+    ssm = SelectiveSSM(dim, 4, 1, device=device)
+    u = 300 * torch.randn(5, l, dim, device=device)  # whose squares float16 does not hold
+    with torch.no_grad():
+        wanted = ssm(u, reduce="sum")
+        with torch.autocast(device.type, dtype):
+            found = ssm(u.to(dtype), reduce="sum")
+    assert found.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    assert float((found.float() - wanted).norm() / wanted.norm()) < 0.03
