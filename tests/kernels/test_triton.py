@@ -154,20 +154,9 @@ else:
     def test_kernels_agree_in_the_interpreter():
         # numpy's warning is about triton's own code.
         allow = "ignore:Conversion of an array with ndim:DeprecationWarning"
+        files = [__file__, str(Path(__file__).with_name("test_add_norm.py"))]
         run = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-x",
-                "-W",
-                allow,
-                "-p",
-                "no:cacheprovider",
-                __file__,
-                test_add_norm.__file__,
-            ],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-W", allow, "-p", "no:cacheprovider", *files],
             env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
             cwd=Path(__file__).parents[2],
             capture_output=True,
