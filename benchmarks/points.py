@@ -6,7 +6,8 @@ same harness; and the model started from its own masked pre-training on the trai
 of each shape: `pointmamba_mini_parts` and DGCNN. Every run has the settings of the recipes points_psb and parts_psb,
 and is scored once, with its last weights: no test shape decides anything. Runs are independent processes that share the
 GPU; finished ones are kept in `--out`, so that a stopped benchmark goes on. Writes points_runs.csv (a row a run),
-points_summary.csv (a row a model and order) and points_orders.csv (the paired comparison of orders).
+points_summary.csv (a row a model and order), and the paired comparison of orders, points_orders.csv for shapes and
+points_orders_parts.csv for parts.
 """
 
 from __future__ import annotations
@@ -164,15 +165,19 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def compare_orders(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace, epochs: int) -> Path | None:
-    """The paired comparison of the orders that have all their seeds; writes points_orders.csv."""
+def compare_orders(what: str, rows: Sequence[Mapping[str, Any]], args: argparse.Namespace, epochs: int) -> Path | None:
+    """The paired comparison of the orders that have all their seeds, of shapes or parts: the path of its CSV file."""
     from mamba_zoo.tasks import compare
     from mamba_zoo.tasks.registry import find_task
 
+    model, task = {
+        "shapes": ("pointmamba_mini", "point-classification"),
+        "parts": ("pointmamba_mini_parts", "part-segmentation"),
+    }[what]
     mine = {
         (row["order"], row["seed"]): row
         for row in rows
-        if (row["what"], row["model"], row["start"]) == ("shapes", "pointmamba_mini", "scratch")
+        if (row["what"], row["model"], row["start"]) == (what, model, "scratch")
     }
     whole = [order for order in (*ORDERS, *CONTROLS) if all((order, s) in mine for s in range(args.seeds))]
     if REFERENCE not in whole or len(whole) < 2:
@@ -180,19 +185,18 @@ def compare_orders(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace, 
 
     def trained(spec: str, seed: int, folder: Path) -> dict[str, Any]:
         row = mine["random" if spec.startswith("random(") else spec, seed]
-        return {"accuracy": row["score"], "items": row["items"], "parameters": row["parameters"],
+        return {row["metric"]: row["score"], "items": row["items"], "parameters": row["parameters"],
                 "seconds": row["train_seconds"]}  # fmt: skip
 
-    folder = args.out / "orders"
+    folder = args.out / "orders" / what
     shutil.rmtree(folder, ignore_errors=True)
-    task = "point-classification"
     comparison = compare.orders(
-        "pointmamba_mini", str(args.data.name), [o for o in whole if o not in CONTROLS], args.seeds, epochs, folder,
+        model, str(args.data.name), [o for o in whole if o not in CONTROLS], args.seeds, epochs, folder,
         [o for o in whole if o in CONTROLS], metric=find_task(task).model_class.metric(), train=trained, task=task,
         progress=False,
     )  # fmt: skip
     for sentence in comparison.verdict:
-        sys.stdout.write(f"{sentence}\n")
+        sys.stdout.write(f"{what}: {sentence}\n")
     return folder / "summary.csv"
 
 
@@ -248,9 +252,10 @@ def main() -> int:
     write(args.results / f"points_summary{suffix}.csv", table, command)
     for row in table:
         sys.stdout.write("  ".join(f"{key}={value}" for key, value in row.items() if value != "") + "\n")
-    orders = compare_orders(rows, args, epochs["shapes"])
-    if orders is not None:
-        shutil.copy(orders, args.results / "points_orders.csv")
+    for what, name in (("shapes", "points_orders.csv"), ("parts", "points_orders_parts.csv")):
+        orders = compare_orders(what, rows, args, epochs[what])
+        if orders is not None:
+            shutil.copy(orders, args.results / name)
     return 0 if len(rows) == len(jobs) else 1
 
 
