@@ -58,6 +58,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         "published": {},
         "absolute": {"loss": "mae"},
         "slow": {"ema_decay": 0.95, "lr": 3e-4},
+        "slow-weighted": {"ema_decay": 0.95, "lr": 3e-4, "weighting": "arctan"},
         "absolute-slow": _TIMEMACHINE,
         "weighted": {**_TIMEMACHINE, "weighting": "arctan"},
         "frequencies": {**_TIMEMACHINE, "mask_frequencies": 0.2},
