@@ -17,6 +17,7 @@ import torch
 
 from .compiled import compile_kernel, stack_bytes
 from .problems import INTERPRETED, assert_agrees, make_problem, random_order, solve
+from .test_add_norm import CASES as NORMS
 from .test_causal_conv1d import check as check_convolution
 from .test_causal_conv1d import random_order as random_visits
 from .test_ssd import assert_agrees as assert_dual_agrees
@@ -163,7 +164,8 @@ else:
             text=True,
         )
         assert run.returncode == 0, run.stdout[-3000:]
-        assert f"{len(SCANS) + len(CONVOLUTIONS) + len(DUALS) + 6} passed" in run.stdout, run.stdout[-500:]
+        count = len(SCANS) + len(CONVOLUTIONS) + len(DUALS) + len(NORMS) + 6
+        assert f"{count} passed" in run.stdout, run.stdout[-500:]
 
     @pytest.mark.parametrize(("n", "arch"), [(1, 90), (16, 80), (16, 90)])
     def test_scan_keeps_its_states_in_registers(n, arch):
