@@ -15,7 +15,7 @@ _ONE_PROGRAM = 8192  # points of a cloud that one Triton program keeps in regist
 def _furthest_points(xyz: Tensor, count: int) -> Tensor:
     points = xyz.float()
     b, n, _ = points.shape
-    if xyz.is_cuda and n <= _ONE_PROGRAM and _triton.refuse("cuda", points.dtype) is None:
+    if xyz.is_cuda and 0 < n <= _ONE_PROGRAM and _triton.refuse("cuda", points.dtype) is None:
         from ..kernels._triton.furthest_points import furthest_points as in_one_kernel
 
         return in_one_kernel(points, count)
