@@ -22,12 +22,9 @@ def _furthest_points(xyz: Tensor, count: int) -> Tensor:
     chosen = torch.zeros(b, count, dtype=torch.int64, device=xyz.device)
     nearest = points.new_full((b, n), torch.inf)
     rows = torch.arange(b, device=xyz.device)
-    # On a GPU all distances at once where they are few: every step is then three small kernels instead of ten.
-    table = _squared(points, points) if xyz.is_cuda and b * n * n <= 2 * _BLOCK else None
     last = chosen[:, 0]
     for i in range(1, count):
-        to_last = _squared(points[rows, last, None], points)[:, 0] if table is None else table[rows, last]
-        nearest = torch.minimum(nearest, to_last)
+        nearest = torch.minimum(nearest, _squared(points[rows, last, None], points)[:, 0])
         last = nearest.argmax(dim=1)
         chosen[:, i] = last
     return chosen
