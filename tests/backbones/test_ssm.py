@@ -90,8 +90,10 @@ def test_large_activations_are_computed_again_instead_of_kept(half, device, monk
 @pytest.mark.parametrize(("dim", "l"), [(1, 9), (6, 1), (1, 1)], ids=["one channel", "one token", "both"])
 def test_one_channel_or_one_token_is_the_same_scan(dim, l, shared, reduce, device):
     torch.manual_seed(0)
-    ssm = SelectiveSSM(dim, 4, 2, k=3, device=device, dtype=torch.float64)
-    u, z = (torch.randn(5, l, *shape, dim, dtype=torch.float64) for shape in ([] if shared else [3], []))
+    # The kernels for GPUs are float32 at most.
+    dtype, close = (torch.float64, {}) if device.type == "cpu" else (torch.float32, {"atol": 1e-4, "rtol": 1e-4})
+    ssm = SelectiveSSM(dim, 4, 2, k=3, device=device, dtype=dtype)
+    u, z = (torch.randn(37, l, *shape, dim, dtype=dtype) for shape in ([] if shared else [3], []))
     u, z = (x.to(device).requires_grad_() for x in (u, z))
     order = torch.stack([torch.randperm(l) for _ in range(3)]).to(device)
     low, B, C = ssm.x_proj(u).split([2, 4, 4], dim=-1)
@@ -99,10 +101,10 @@ def test_one_channel_or_one_token_is_the_same_scan(dim, l, shared, reduce, devic
         u, ssm.dt_proj(low), ssm.decay(), B, C, ssm.D, z, order, ssm.dt_bias, dt_softplus=True, reduce=reduce
     )
     found = ssm(u, z, order, reduce)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, wanted, **close)
     inputs, seed = [u, z, *ssm.parameters()], torch.randn_like(wanted)
     for a, b in zip(*(torch.autograd.grad(y, inputs, seed) for y in (found, wanted)), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
