@@ -91,7 +91,8 @@ def test_large_activations_are_computed_again_instead_of_kept(half, device, monk
 def test_one_channel_or_one_token_is_the_same_scan(dim, l, shared, reduce, device):
     torch.manual_seed(0)
     # The kernels for GPUs are float32 at most.
-    dtype, close = (torch.float64, {}) if device.type == "cpu" else (torch.float32, {"atol": 1e-4, "rtol": 1e-4})
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    close: Any = {} if device.type == "cpu" else {"atol": 1e-4, "rtol": 1e-4}
     ssm = SelectiveSSM(dim, 4, 2, k=3, device=device, dtype=dtype)
     u, z = (torch.randn(37, l, *shape, dim, dtype=dtype) for shape in ([] if shared else [3], []))
     u, z = (x.to(device).requires_grad_() for x in (u, z))
