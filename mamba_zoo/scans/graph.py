@@ -10,11 +10,13 @@ are ties on every machine. Edges count in both directions, except for `degree` a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._graphs import Graphs, grid_graph, hashed, uniform
@@ -22,7 +24,7 @@ from ._registry import ScanLike, as_spec, register_sample_order, sample_scan
 from ._sample import GRID_SAMPLES, Samples
 from .core import Scan
 
-__all__ = ["Graphs", "graph_order", "graph_scan", "order_key", "register_graph_order", "sort_nodes"]
+__all__ = ["Graphs", "graph_order", "graph_orders", "graph_scan", "order_key", "register_graph_order", "sort_nodes"]
 
 GRID_SAMPLES["graph"] = grid_graph
 _STEPS = 1e7 * 2**0.5  # per largest score; irrational, so that no simple fraction lies between two steps
@@ -72,6 +74,18 @@ def graph_scan(scan: ScanLike, graphs: Graphs) -> Scan:
 def graph_order(scan: ScanLike, graphs: Graphs) -> Tensor:
     """`graph_scan(scan, graphs).order`, `(k, n)` int64, on the device of the edges: goes into the op as it is."""
     return graph_scan(scan, graphs).order.to(graphs.edge_index.device)
+
+
+def graph_orders(scan: ScanLike, several: Sequence[Graphs]) -> list[Tensor]:
+    """`graph_order` of each of several, computed for all of them at once, which is much faster where they are small."""
+    sizes = [graphs.num_nodes for graphs in several]
+    starts = np.cumsum([0, *sizes])
+    edges = [graphs.edge_index.cpu() + int(start) for graphs, start in zip(several, starts, strict=False)]
+    ptr = [graphs.ptr[1:].cpu() + int(start) for graphs, start in zip(several, starts, strict=False)]
+    order = graph_order(scan, Graphs(torch.cat(edges, dim=1), F.pad(torch.cat(ptr), (1, 0))))
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[order]
+    order = order.gather(1, torch.argsort(owner, dim=1, stable=True))  # a direction may go from the last to the first
+    return [part - int(start) for part, start in zip(order.split(sizes, dim=1), starts, strict=False)]
 
 
 def order_key(scan: ScanLike) -> str:

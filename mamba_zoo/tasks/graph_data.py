@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..scans.graph import order_key
+from ..scans.graph import Graphs, graph_orders, order_key
 from ._data import TaskData
 from ._graph_files import DIGITS, KARATE, read_graphs
 from .epochs import EpochLoader
 
 Positions = Literal["none", "lap", "rwse"]
+_AT_ONCE = 1024  # graphs whose orders are computed together
 
 
 class Items(Dataset):
@@ -104,12 +105,13 @@ class GraphSource(TaskData):
 
     def add_orders(self, scan: str) -> None:
         """Prepare the visiting orders of all graphs, once for each `scan`."""
-        from ..backbones._pyg import AddOrder
-
         key = order_key(scan)
         if key not in self._ordered:
-            for data in self.all_graphs():
-                data[key] = AddOrder(scan)(data)[key]
+            graphs = self.all_graphs()
+            for start in range(0, len(graphs), _AT_ONCE):
+                part = graphs[start : start + _AT_ONCE]
+                for data, order in zip(part, graph_orders(scan, [Graphs.of(data) for data in part]), strict=True):
+                    data[key] = order.int()
             self._ordered.add(key)
 
     def all_graphs(self) -> list[Any]:

@@ -17,7 +17,7 @@ from mamba_zoo.scans import (
 )
 from mamba_zoo.scans._registry import sample_scan
 from mamba_zoo.scans._sample import Samples
-from mamba_zoo.scans.graph import order_key, sort_nodes
+from mamba_zoo.scans.graph import graph_orders, order_key, sort_nodes
 from mamba_zoo.scans.neighbourhood import neighbourhoods
 
 ORDERS = list_scans(modality="graph")
@@ -64,8 +64,10 @@ def test_orders_visit_every_node_once_and_a_batch_is_its_graphs_one_by_one(spec)
     at = graphs.ptr.tolist()
     for row in order:
         assert sorted(row.tolist()) == list(range(graphs.num_nodes))
-    for i, graph in enumerate(zoo()):
-        alone = graph_order(spec, single(graph)) + at[i]
+    singles = [single(graph) for graph in zoo()]
+    for i, (graph, together) in enumerate(zip(singles, graph_orders(spec, singles), strict=True)):
+        alone = graph_order(spec, graph) + at[i]
+        assert torch.equal(together + at[i], alone)
         for row, own in zip(order, alone, strict=True):
             assert row[graphs.batch[row] == i].tolist() == own.tolist()
 
