@@ -193,7 +193,7 @@ def _gps(b: Benchmark, model: str) -> dict[str, Any]:
     return {"local": b.mamba["local"]} if model == "gps" else {}
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)  # as many as folds
 def _data(task: str, values: str) -> Any:
     from mamba_zoo.tasks.registry import find_task
 
