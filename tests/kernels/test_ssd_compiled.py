@@ -43,6 +43,8 @@ def compiled(
     }  # fmt: skip
     if kernel == "states":
         constants["REVERSE"] = True
+    if kernel in ("forward", "heads"):
+        constants["DP"] = 0  # a number for each head
     absent = () if packed else tuple(name for name in OPTIONAL if name in function.arg_names)
     options = shape.options() | ({} if warps is None else {"num_warps": warps})
     return compile_kernel(function, constants, 90, absent, NAMES[dtype], **options)

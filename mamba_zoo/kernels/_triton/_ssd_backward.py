@@ -16,7 +16,7 @@ from ._tiles import load_tile, store_tile
 
 SIZES = ["m", "k", "h", "per_group", "chunks", "rows", "order_b", "order_k", "l"]
 ROWS = ["x_b", "x_l", "x_k", "x_h", "dy_b", "dy_l", "dy_k", "dy_h"]
-HEADS = [*SIZES, *ROWS, "B_b", "B_l", "B_k", "B_g", "C_b", "C_l", "C_k", "C_g", "D_k", "D_h", "D_p"]
+HEADS = [*SIZES, *ROWS, "B_b", "B_l", "B_k", "B_g", "C_b", "C_l", "C_k", "C_g", "D_k", "D_h"]
 MAPS = [*SIZES, "g", "per_part", "parts", "part_rows", *ROWS, "B_b", "B_l", "B_k", "B_g", "C_b", "C_l", "C_k", "C_g"]
 
 
@@ -25,8 +25,8 @@ def ssd_backward_heads(
     x, A, B, C, D, deltas, sums_of_steps, slopes, order, first_chunk, states, ahead, dy, dx, ddt, ddecay, sums_of_heads,
     m, k, h, per_group, chunks, rows, order_b, order_k, l,
     x_b, x_l, x_k, x_h, dy_b, dy_l, dy_k, dy_h,
-    B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, D_k, D_h, D_p,
-    N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, Q: tl.constexpr,
+    B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, D_k, D_h,
+    DP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, Q: tl.constexpr,
     V: tl.constexpr, VN: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `dx (b, l, k, h, p)`, `ddt` and `ddecay (b, l, k, h)`, and each chunk's shares of the gradients of D, A and
@@ -93,7 +93,7 @@ def ssd_backward_heads(
         to_state += tl.sum(gradient * wide, axis=1)
         gradient = gradient * delta[:, None] + product(scaled, grad.to(DTYPE), PRECISION)
         if D is not None:
-            skip = tl.load(D + direction * D_k + head * D_h + lane * D_p, mask=lane_ok, other=0.0)
+            skip = tl.load(D + direction * D_k + head * D_h + lane * DP, mask=lane_ok, other=0.0)
             gradient += skip[None, :] * steep
             tl.store(sums_of_heads + lane, tl.sum(steep * wide, axis=0), mask=lane_ok)
         store_tile(dx, tokens, k * h * P, lane, lane_ok, gradient, WIDE)

@@ -27,7 +27,7 @@ from ._tiles import load_tile, store_tile
 
 SIZES = ["m", "k", "h", "per_group", "blocks", "chunks", "segments", "per_segment", "rows", "order_b", "order_k"]
 FORWARD = [*SIZES, "l", "x_b", "x_l", "x_k", "x_h", "B_b", "B_l", "B_k", "B_g", "C_b", "C_l", "C_k", "C_g"]
-FORWARD += ["D_k", "D_h", "D_p"]
+FORWARD += ["D_k", "D_h"]
 STATES = [*SIZES, "v_b", "v_l", "v_k", "v_h", "M_b", "M_l", "M_k", "M_g"]
 
 
@@ -35,8 +35,8 @@ STATES = [*SIZES, "v_b", "v_l", "v_k", "v_h", "M_b", "M_l", "M_k", "M_g"]
 def ssd_forward(
     x, B, C, D, deltas, sums_of_steps, order, first_chunk, initial, ends, y, final,
     m, k, h, per_group, blocks, chunks, segments, per_segment, rows, order_b, order_k,
-    l, x_b, x_l, x_k, x_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, D_k, D_h, D_p,
-    N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, Q: tl.constexpr,
+    l, x_b, x_l, x_k, x_h, B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, D_k, D_h,
+    DP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, Q: tl.constexpr,
     V: tl.constexpr, VN: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write `y (b, l, k, h, p)` and `final (rows, k, h, p, n)`, where given.
@@ -59,7 +59,7 @@ def ssd_forward(
     y += (sample * l * k + direction) * h * P + head * P
     skip = 0.0
     if D is not None:
-        skip = tl.load(D + direction * D_k + head * D_h + lane * D_p, mask=lane_ok, other=0.0)[None, :]
+        skip = tl.load(D + direction * D_k + head * D_h + lane * DP, mask=lane_ok, other=0.0)[None, :]
     state = entering_state(
         initial, ends, row, direction, head, segment, segments, rows, k, h, block, False, N, NP, P, PB
     )

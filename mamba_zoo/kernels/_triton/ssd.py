@@ -45,7 +45,7 @@ class Shape:
 # halves; otherwise they do the same work twice, and Triton 3.6 may read operands of the second half beyond the tile:
 # on an H100, float32 tiles of 16 states were wrong or failed with eight warps and right with four.
 # What the compiler says for sm_90 (triton 3.6; 128 states, 64 channels a head): registers of a lane, bytes that it
-# spills, shared memory; bfloat16: 255, 320, 91 kB; 97, 0, 82 kB; 227, 0, 98 kB; 228, 0, 140 kB.
+# spills, shared memory; bfloat16: 255, 304, 91 kB; 97, 0, 82 kB; 227, 0, 98 kB; 228, 0, 140 kB.
 FORWARD, STATES, HEADS, MAPS = Shape(4, 2), Shape(8, 3), Shape(4), Shape(8, 3)
 _SHARED = 144 * 1024  # bytes that MAPS needs at most; GPUs with less (8.6, 8.9, 12.0) get a stage less
 # Float32 operands take twice the room; float16 tokens: 255, 64, 66 kB; 128, 0, 37 kB; 255, 944, 66 kB; 255, 408, 49 kB.
@@ -223,10 +223,12 @@ class _Plan:
 
         sizes = (m, k, h, h // g, blocks, chunks, self.segments, per_segment, rows, *in_order)
         of_x, of_B, of_C = _strides(x, width), _strides(B, state_width), _strides(C, state_width)
-        of_D = (0, 0, 0) if s.D is None else s.D.stride()
+        of_D, within_D = ((0, 0), 0) if s.D is None else (s.D.stride()[:2], s.D.stride(2))
         self.ends_shape, self.states_shape = rows * k * self.segments * h * (n * p + 1), (b, k, chunks, h, n, p)
         self.states = Launch(ssd_states, programs, (*sizes, *of_x, *of_B), {"REVERSE": False, **made("states")})
-        self.forward = Launch(ssd_forward, programs, (*sizes, l, *of_x, *of_B, *of_C, *of_D), made("forward"))
+        self.forward = Launch(
+            ssd_forward, programs, (*sizes, l, *of_x, *of_B, *of_C, *of_D), {"DP": within_D, **made("forward")}
+        )
         if dy is None:
             return
         from ._ssd_backward import ssd_backward_heads, ssd_backward_maps
@@ -236,7 +238,10 @@ class _Plan:
         sizes = (m, k, h, h // g, chunks, rows, *in_order, l)
         self.sums_shape = (b * chunks, k, h, p + 2)
         self.heads = Launch(
-            ssd_backward_heads, b * chunks * k * h, (*sizes, *of_x, *of_dy, *of_B, *of_C, *of_D), made("heads")
+            ssd_backward_heads,
+            b * chunks * k * h,
+            (*sizes, *of_x, *of_dy, *of_B, *of_C, *of_D),
+            {"DP": within_D, **made("heads")},
         )
         groups = b * chunks * k * g
         per_part = -(-h // g // max(1, min(h // g, _PROGRAMS // groups)))
