@@ -19,7 +19,13 @@ _MOST_COLUMNS = 4
 _LABELS = {"model": "model", "repeat": "last value repeated", "season": "last season repeated"}
 
 
-def plot_forecasts(windows: Sequence[Sequence[np.ndarray]], names: Sequence[str], path: Path, season: int = 1) -> None:
+def plot_forecasts(
+    windows: Sequence[Sequence[np.ndarray]],
+    names: Sequence[str],
+    path: Path,
+    season: int = 1,
+    spread: np.ndarray | None = None,
+) -> None:
     """A row for each window, a column for each of the first series: what was read, what came, what was forecast.
 
     Args:
@@ -27,6 +33,7 @@ def plot_forecasts(windows: Sequence[Sequence[np.ndarray]], names: Sequence[str]
         names: Of the series.
         path: Of the PNG.
         season: Steps of the season that the simple forecast repeats; 1 is the last value.
+        spread: Half the width of the band around forecasts, `(h, v)`.
     """
     repeated = "last season repeated" if season > 1 else "last value repeated"
     columns = min(len(names), _MOST_COLUMNS)
@@ -46,6 +53,9 @@ def plot_forecasts(windows: Sequence[Sequence[np.ndarray]], names: Sequence[str]
             ):
                 line = np.concatenate([start, values[:, column]])
                 ax.plot(np.concatenate([[-1], ahead]), line, color=colour, lw=width, label=label)
+            if spread is not None:
+                low, high = (forecast[:, column] + sign * spread[:, column] for sign in (-1, 1))
+                ax.fill_between(ahead, low, high, color=_MODEL, alpha=0.15, lw=0)
             if row == 0:
                 ax.set_title(names[column], fontsize=9)
             if row == len(windows) - 1:

@@ -241,13 +241,27 @@ class Forecaster(SeriesTask):
 
     @classmethod
     def predict_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Where forecasts start."""
+        """Where forecasts start, and how sure they are."""
         parser.add_argument(
             "--every",
             type=int,
             metavar="STEPS",
             help="also forecast from earlier in the file, every STEPS steps, beside what came (default: only from its "
             "end)",
+        )
+        parser.add_argument(
+            "--interval",
+            type=float,
+            metavar="LEVEL",
+            help="also write between which values this part of the truth lies, such as 0.9, by the errors of each step "
+            "and series in the table of --calibrate",
+        )
+        parser.add_argument(
+            "--calibrate",
+            type=Path,
+            metavar="FILE",
+            help="table for --interval that the model was not trained on (default: the table itself; errors on rows "
+            "that trained the model are too small)",
         )
 
     def predict_files(self, args: argparse.Namespace) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .imputation import Imputer
 
 _SHOWN = 4
+_MOST_ERRORS = 2000  # windows that say how far forecasts are off
 
 
 def read_for(model: Any, source: Path) -> tuple[Table, Tensor, Tensor, Tensor]:
@@ -61,12 +62,14 @@ def forecast_csv(model: Forecaster, args: argparse.Namespace) -> str:
     """Write forecasts of the table `args.data` into `args.out`, and a picture beside it.
 
     Raises:
-        ValueError: a table that does not fit the model, or `every` below 1.
+        ValueError: a table that does not fit the model, `every` below 1, or an `interval` that cannot be found.
     """
     from ._series_figures import plot_forecasts
 
     if args.every is not None and args.every < 1:
         raise ValueError(f"every={args.every} must be at least 1 step")
+    if args.calibrate is not None and args.interval is None:
+        raise ValueError("calibrate is for interval; give both, such as --interval 0.9")
     out = args.out or Path("predictions.csv")
     table, values, target, marks = read_for(model, args.data)
     if not model.reads_marks:
@@ -81,14 +84,54 @@ def forecast_csv(model: Forecaster, args: argparse.Namespace) -> str:
     beyond = torch.full((h, values.shape[1]), torch.nan)
     data = Windows(values, torch.cat([target, beyond]), marks, torch.tensor(ends) - l + 1, l, h)
     found = torch.cat([model.predict_step(batch, 0).cpu() for batch in batches(data, args.batch_size, device)]).numpy()
-    write_csv(out, _rows(table, ends, found, h))
+    spread = None
+    if args.interval is not None:
+        spread = spread_of(model, args.calibrate or args.data, args.interval, args.batch_size)
+    write_csv(out, _rows(table, ends, found, h, spread))
     shown = _shown(model, data, n, l, h)
-    plot_forecasts(shown, model.columns, out.with_suffix(".png"), model.season)
+    plot_forecasts(shown, model.columns, out.with_suffix(".png"), model.season, spread)
     what = "forecast" if len(ends) == 1 else "forecasts"
     return f"{len(ends):,} {what} of {h} steps -> {out}, {out.with_suffix('.png')}"
 
 
-def _rows(table: Table, ends: list[int], found: np.ndarray, h: int) -> list[dict[str, Any]]:
+def spread_of(model: Forecaster, source: Path, level: float, batch_size: int = 256) -> np.ndarray:
+    """How far from a forecast the truth lies at most, in `level` of the cases: `(pred_len, v)` in units of the table.
+
+    These are quantiles of the absolute errors of each step ahead and series, over windows of a table whose future is
+    known, corrected for their number (split conformal prediction, arXiv:1604.04173). They hold for later windows as far
+    as these are alike; errors on rows that the model was trained on are too small.
+
+    Args:
+        model: On the device that is to work.
+        source: The table.
+        level: Between 0 and 1.
+        batch_size: Windows at a time.
+
+    Raises:
+        ValueError: a level out of range, or too few windows for it.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"interval={level} must lie between 0 and 1, such as 0.9")
+    _, values, target, marks = read_for(model, source)
+    count = len(values) - model.seq_len - model.pred_len + 1
+    least = int(np.ceil(round(level / (1 - level), 6)))
+    if count < least:
+        raise ValueError(
+            f"{source} holds {max(count, 0)} windows of {model.seq_len} steps whose next {model.pred_len} are known; "
+            f"interval={level} needs at least {least}: use a longer table or a lower level"
+        )
+    starts = torch.linspace(0, count - 1, min(count, _MOST_ERRORS)).long()
+    marks = marks if model.reads_marks else marks[:, :0]
+    data = Windows(values, target, marks, starts, model.seq_len, model.pred_len)
+    parts = [(model.predictions(b).float() - b[1]).abs().cpu() for b in batches(data, batch_size, model.device)]
+    errors = torch.cat(parts).numpy()
+    share = min(1.0, level * (len(errors) + 1) / len(errors))
+    return np.nanquantile(errors, share, axis=0, method="higher") * np.asarray(model.deviation)
+
+
+def _rows(
+    table: Table, ends: list[int], found: np.ndarray, h: int, spread: np.ndarray | None = None
+) -> list[dict[str, Any]]:
     dates = None if table.dates is None else np.concatenate([table.dates, later_dates(table.dates, h)])
     rows: list[dict[str, Any]] = []
     for end, forecast in zip(ends, found, strict=True):
@@ -98,6 +141,9 @@ def _rows(table: Table, ends: list[int], found: np.ndarray, h: int) -> list[dict
             if dates is not None:
                 cells["date"] = str(dates[row])
             cells |= {name: f"{value:.6g}" for name, value in zip(table.names, forecast[step], strict=True)}
+            if spread is not None:
+                for name, value, width in zip(table.names, forecast[step], spread[step], strict=True):
+                    cells |= {f"{name} (low)": f"{value - width:.6g}", f"{name} (high)": f"{value + width:.6g}"}
             if len(ends) > 1:
                 known = row < len(table.values)
                 truth = table.values[row] if known else [np.nan] * len(table.names)

@@ -18,6 +18,7 @@ from mamba_zoo.tasks._series_loss import known_error, step_weights, without_freq
 from mamba_zoo.tasks.labelled_series import LabelledSeries, read_parts, split_classes
 from mamba_zoo.tasks.series_data import SeriesData, fill_forward, season_of, split_rows
 from mamba_zoo.tasks.series_files import find_table, later_dates, read_table, read_ts, time_marks
+from mamba_zoo.tasks.series_predict import spread_of
 from mamba_zoo.tasks.series_windows import WatchedData, WindowData, laid_together, side_by_side
 
 CPU: dict[str, Any] = {"accelerator": "cpu"}
@@ -202,6 +203,19 @@ def test_a_forecaster_beats_the_simple_forecasts_and_writes_what_it_found(table,
     assert len(rows) == 4 * 12
     assert rows[0]["a (truth)"]
     assert rows[-1]["a (truth)"] == ""
+    later = write_table(tmp_path / "later.csv", 700)
+    rows = predict(tmp_path / "run", later, out, "--every", "1", "--interval", "0.8", "--calibrate", str(table))
+    for name in "abc":
+        inside = [
+            float(row[f"{name} (low)"]) <= float(row[f"{name} (truth)"]) <= float(row[f"{name} (high)"])
+            for row in rows
+            if row[f"{name} (truth)"]
+        ]
+        assert 0.75 < np.mean(inside) < 0.85
+    with pytest.raises(ValueError, match=r"holds 341 windows of 48 steps .* interval=0.999 needs at least 999"):
+        spread_of(model, table, 0.999)
+    with pytest.raises(ValueError, match="interval=90 must lie between 0 and 1"):
+        spread_of(model, table, 90)
 
 
 def test_the_best_epoch_is_what_remains(table, tmp_path):
