@@ -17,8 +17,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready  ## fine-tune a small VMamba on digits with several scan orders, print the ranking, write a report
 	$(BIN)/mamba-zoo compare --scans cross,bidirectional,snake,hilbert,spiral --seeds 3 --epochs 12 --lr 0.004 --out runs/demo
 
-test: $(VENV)/ready  ## all tests for a CPU, then the Triton kernels under the interpreter
-	$(BIN)/python -m pytest -m "not slow"
+test: $(VENV)/ready  ## all tests for a CPU, Triton's kernels under its interpreter among them
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
 test-gpu: $(VENV)/ready  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
