@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,14 +31,16 @@ class Captured(nn.Module):
     worth it where the device waits for the host, as with small batches, small models or fast GPUs. Every call with
     inputs of a shape, dtype, autocast and mode seen before is a replay. Results are the same, random numbers are fresh
     in every replay, and changes of the weights in place, as optimizers make them, are seen. With gradients, forward and
-    backward are recorded. On a CPU the model is simply called.
+    backward are recorded: the memory that the backward pass reads is that of the last call, so it has to run before the
+    next call with inputs of this kind. On a CPU the model is simply called.
 
     Args:
         model: Any model whose work does not depend on the values of its inputs. Its parameters are shared.
         most: Kinds of input that are kept; the one not used for longest is dropped. Each holds the memory of a call.
 
     Raises:
-        RuntimeError: from a call, if the model cannot be recorded, for example because it waits for the GPU.
+        RuntimeError: from a call, if the model cannot be recorded, for example because it waits for the GPU; from a
+            backward pass that comes after the next call.
         ValueError: `most` is below 1.
     """
 
@@ -74,6 +78,7 @@ class Captured(nn.Module):
             with torch.inference_mode(False), torch.autocast("cuda", amp[1], amp[0], cache_enabled=False):
                 replay = (_with_gradients if graded else _without_gradients)(self.model, inputs)
         except RuntimeError as error:
+            _leave_recording(inputs[0].device)
             raise RuntimeError(
                 f"{type(self.model).__name__} cannot be recorded as a CUDA graph ({error}); call it as it is"
             ) from error
@@ -112,8 +117,43 @@ def _with_gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..
     shell = _Shell(model)
     shell.training = model.training  # its own alone: parts of the model may be in another mode
     samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
-    graphed: Any = torch.cuda.make_graphed_callables(shell, samples, num_warmup_iters=_WARMUP, allow_unused_input=True)
-    return graphed
+    with warnings.catch_warnings():
+        # torch keeps the graph of its calls before recording, made on another stream.
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+        graphed: Any = torch.cuda.make_graphed_callables(
+            shell, samples, num_warmup_iters=_WARMUP, allow_unused_input=True
+        )
+    calls = 0
+
+    def replay(*given: Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        mine = calls
+
+        def check(grad: Tensor) -> None:
+            if calls != mine:
+                raise RuntimeError(
+                    "the backward pass of a captured model came after its next call, which has overwritten what it "
+                    "needs; run it before that call, or call the model itself"
+                )
+
+        def own(x: Any) -> Any:  # not the memory that the next replay writes to
+            if not isinstance(x, Tensor):
+                return x
+            x = x.clone()
+            if x.requires_grad:
+                x.register_hook(check)
+            return x
+
+        return tree_map(own, graphed(*given))
+
+    return replay
+
+
+def _leave_recording(device: torch.device) -> None:
+    """After a recording that failed: torch's random numbers stay in it until another one has succeeded."""
+    with suppress(RuntimeError), torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)
 
 
 def _without_gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:

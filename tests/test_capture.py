@@ -82,6 +82,15 @@ class TestOnAGpu:
         results = [fast(x).detach() for _ in range(4)]
         assert any(not torch.equal(results[0], other) for other in results[1:])
 
+    def test_gradients_are_not_those_of_another_call(self, name):
+        model, x = make(name)
+        fast = mamba_zoo.capture(model)
+        first, second = fast(x), fast(x * 2)
+        torch.testing.assert_close(first, model(x), rtol=1e-3, atol=1e-4)
+        second.sum().backward()
+        with pytest.raises(RuntimeError, match="came after its next call"):
+            first.sum().backward()
+
     def test_forgets_the_oldest(self, name):
         model, x = make(name)
         fast = mamba_zoo.capture(model, most=1)
@@ -101,6 +110,7 @@ class TestRefusals:
     def test_a_model_that_waits_for_the_gpu(self):
         with pytest.raises(RuntimeError, match="Waits cannot be recorded as a CUDA graph"), torch.no_grad():
             mamba_zoo.capture(Waits())(torch.ones(3, device="cuda"))
+        assert torch.rand(3, device="cuda").isfinite().all()
 
     def test_statistics_of_batch_norms_move_once_a_call(self):
         plain, graphed = (nn.BatchNorm1d(3).cuda() for _ in range(2))

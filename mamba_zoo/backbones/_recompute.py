@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..kernels._op import watched
 
-LEAST = 2**27  # bytes; of smaller tensors the memory matters less than the time
+LEAST = 2**26  # bytes; of smaller tensors the memory matters less than the time
 
 
 def recomputed(x: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> AbstractContextManager[Any]:
@@ -27,7 +27,8 @@ def recomputed(x: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Abstr
         make: Without random numbers; called under the autocast of now, without gradients.
         inputs: Tensors.
     """
-    if not torch.is_grad_enabled() or x.nbytes < LEAST or not x.requires_grad or _observed(x):
+    # First whether somebody looks on: sizes may then be symbols.
+    if not torch.is_grad_enabled() or not x.requires_grad or _observed(x) or x.nbytes < LEAST:
         return nullcontext()
     kept = tuple(tensor.detach() for tensor in inputs)
     address, dtype, shape, strides, kind = x.data_ptr(), x.dtype, x.shape, x.stride(), x.device.type

@@ -66,6 +66,7 @@ def test_compiles_for_every_architecture(kernel, arch, n):
         (1, torch.bfloat16, {}),
         (16, torch.bfloat16, {}),
         (16, torch.bfloat16, {"keep": True, "empty": True, "part": 2, "sums": 1}),
+        (16, torch.float16, {"out": torch.float32, "added": 1}),
         (16, torch.float32, {"gated": False, "sums": 2}),
         (64, torch.bfloat16, {"exact": False, "map_width": 1}),
         (64, torch.float32, {"softplus": False, "out": torch.float16}),

@@ -288,7 +288,10 @@ template <int BYTES> DEVICE void store_chunk(char* at, const char* shared) {
 
 template <typename E, int BYTES> DEVICE void add_chunk(char* at, const char* shared) {
 #if __CUDA_ARCH__ >= 900
-  if constexpr (BYTES == 2) {
+  if constexpr (BYTES > 16) {
+    add_chunk<E, 16>(at, shared);
+    add_chunk<E, BYTES - 16>(at + 16, shared + 16);
+  } else if constexpr (BYTES == 2) {
     const u16 x = *(const u16*)shared;
     if constexpr (E::BRAIN) {
       asm volatile("red.global.add.noftz.bf16 [%0], %1;" ::"l"(at), "h"(x) : "memory");
