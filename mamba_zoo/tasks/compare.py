@@ -26,7 +26,7 @@ CONTROLS = ("random", "none")
 def orders(
     model: str | None = None,
     data: Any = None,
-    scans: Sequence[Any] = ("cross", "hilbert", "snake"),
+    scans: Sequence[Any] | None = None,
     seeds: int | Sequence[int] = 3,
     epochs: int = 20,
     out: str | Path = "runs/compare",
@@ -56,7 +56,8 @@ def orders(
         model: A model that takes a `scan`; None is the task's own choice, for images vmamba_mini.
         data: What `--data.root` of the task takes, such as "digits", a folder of images or "torchvision:NAME"; or the
             task's data as an object, such as an `ImageData`. None is the task's own choice. With `train`, any text.
-        scans: Names or specs such as "window(2)", or `Scan` objects. A function must be registered first.
+        scans: Names or specs such as "window(2)", or `Scan` objects. A function must be registered first. None takes
+            the orders that the task is compared by.
         seeds: How many (0, 1, ...), or which. 3 find large differences only; the verdict says how large.
         epochs: Budget of every run.
         out: Folder of this comparison.
@@ -92,6 +93,7 @@ def orders(
     grid = grid or entry.model_class.grid
     if metric is None:
         metric = Metric() if train is not None else entry.model_class.metric()
+    scans = entry.model_class.orders if scans is None else scans
     names, specs = _specs(scans, controls, seeds, reference, match_directions, grid, entry.model_class)
     controls = [c for c in controls if c in names]
     reference = reference or names[0]
@@ -325,7 +327,7 @@ def main(arguments: Sequence[str]) -> int:
         comparison = orders(
             args.model or model,
             args.data or root,
-            split_specs(args.scans) if args.scans else find_task(args.task).model_class.orders,
+            split_specs(args.scans) if args.scans else None,
             _seeds(args.seeds),
             args.epochs or epochs,
             args.out,

@@ -22,6 +22,9 @@ Recipe = Literal["recommended", "as-published"]
 class Ordered(Task):
     """Prepares the visiting orders of the data once, before a run."""
 
+    orders = ("degree", "rcm", "clusters")
+    grid = (8, 8)
+
     def setup(self, stage: str) -> None:
         """Prepare orders; a model that draws them anew, and one without a scan, has none to prepare."""
         scan, orders = getattr(self.net, "scan", "none"), getattr(self.net, "orders", None)
@@ -66,7 +69,6 @@ class GraphClassifier(Ordered, Classifier):
 
     level: ClassVar[str] = "graph"
     unit = "graphs"
-    grid = (8, 8)
 
     def __init__(
         self,

@@ -53,7 +53,6 @@ class GraphRegressor(Ordered):
     score_name = "rmse"
     curves: ClassVar[tuple[str, ...]] = ("val/rmse", "val/mae")
     metric_names: ClassVar[Mapping[str, str]] = {"rmse": "root mean square error", "mae": "mean absolute error"}
-    grid = (8, 8)
     center: Tensor
     scale: Tensor
 

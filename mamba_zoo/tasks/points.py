@@ -27,6 +27,7 @@ class PointTask(Task):
     """What all point tasks share: how many points the model sees, and how training clouds are changed."""
 
     unit = "clouds"
+    orders = ("hilbert", "zcurve", "sort_z")
     grid: ClassVar[tuple[int, ...] | None] = None
     num_points: int
     augment: PointAugment

@@ -51,6 +51,7 @@ class VideoClassifier(Classifier):
     """
 
     unit = "clips"
+    orders = ("spatial_first", "temporal_first", "hilbert_video")
     grid = (8, 14, 14)
 
     def __init__(

@@ -1,14 +1,17 @@
 """The contract of a task: one file and one line make `fit`, `test`, `predict`, `compare` and `train_once` work."""
 
 import csv
+import inspect
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from mamba_zoo import compare
+from mamba_zoo import compare, model_card
 from mamba_zoo.__main__ import main
+from mamba_zoo.scans import list_scans
 from mamba_zoo.tasks import ImageClassifier, ImageData, load_task, train_once
 from mamba_zoo.tasks.checkpoints import read_checkpoint
 from mamba_zoo.tasks.recipes import CONFIGS, shipped
@@ -43,6 +46,9 @@ def test_every_registered_task_keeps_the_contract():
         assert model.metric().name == model.score_name
         for _, recipe in entry.recipes:
             assert known[recipe].parent == CONFIGS
+        modality = model_card(inspect.signature(model).parameters["name"].default).modality
+        for order in model.orders:
+            assert set(re.findall(r"\w+", order)) <= {*list_scans(modality=modality), "reverse"}, (name, order)
         missing = set(data.tells) - set(model.__init__.__code__.co_varnames)
         assert not missing, f"{name}: the data tell the model {missing}, which it does not take"
 
