@@ -173,6 +173,7 @@ def on_gpu(rows: list[Row], size: int, modes: list[str], budget: float) -> Itera
 def measured(row: Row, batch: int, size: int, mode: str, budget: float, device: str = "cuda") -> dict[str, Any]:
     """One row of the table, without what compares it with others."""
     torch.manual_seed(0)
+    before = torch.cuda.memory_allocated()  # what libraries and models measured earlier keep
     model: Any = created(row.model, size).to(device)
     forward = {"compiled": torch.compile, "captured": capture}.get(mode, lambda model: model)(model)
     shape = model.input_shape(size, size) if hasattr(model, "input_shape") else (3, size, size)
@@ -207,7 +208,7 @@ def measured(row: Row, batch: int, size: int, mode: str, budget: float, device: 
         times = [seconds(partial(several, run, repeats), device) / repeats for _ in range(3)]
         found[f"{what}_img_s"] = batch / statistics.median(times)
         found[f"{what}_spread"] = (max(times) - min(times)) / statistics.median(times)
-        found[f"{what}_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        found[f"{what}_peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     return found
 
 
