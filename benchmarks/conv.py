@@ -52,7 +52,7 @@ def check(problem: dict[str, Any], backend: str) -> None:
     """
     results = []
     for exact in (False, True):
-        part = {key: value.detach() if torch.is_tensor(value) else value for key, value in problem.items()}
+        part: dict[str, Any] = {k: v.detach() if torch.is_tensor(v) else v for k, v in problem.items()}
         part["x"] = part["x"][:2]
         floats = [key for key, value in part.items() if torch.is_tensor(value) and value.is_floating_point()]
         for key in floats:
