@@ -15,6 +15,7 @@ from mamba_zoo.tasks.building import freeze_parts
 from mamba_zoo.tasks.canvases import COUNTS, Canvases, boxes_of, classes_of
 from mamba_zoo.tasks.detection import Detector, DetectorNet, InstanceSegmenter
 from mamba_zoo.tasks.detection_data import DetectionData, InstanceData
+from mamba_zoo.tasks.draw import draw_regions
 from mamba_zoo.tasks.optim import parameter_groups
 from mamba_zoo.tasks.segmentation import Segmenter, mean_iou
 from mamba_zoo.tasks.segmentation_data import IGNORED, SegmentationData
@@ -283,6 +284,20 @@ def test_predictions_are_files_and_pictures(task, tmp_path, monkeypatch, capsys)
     assert all(("segmentation" in one) == (task == "instance-segmentation") for one in objects)
     assert main([*predict[:-2], "--score", "2"]) == 2
     assert "score=2.0 must lie between 0 and 1" in capsys.readouterr().err
+
+
+def test_regions_are_tinted_and_named_beside_the_picture():
+    grey = Image.new("RGB", (40, 30), (100, 100, 100))
+    classes = np.zeros((30, 40), int)
+    classes[:, 20:] = 2
+    tinted = np.asarray(draw_regions(grey, classes, ["ground", "car", "road"]))
+    plain = np.asarray(draw_regions(grey, np.zeros((30, 40), int), ["ground", "car", "road"]))
+    assert tinted.shape == plain.shape
+    changed = (tinted != plain).any(-1)
+    edge = changed.any(0).argmax()
+    assert changed[:, edge : 2 * edge].all()  # the right half of the enlarged picture
+    legend = changed[:, 2 * edge :]
+    assert 0 < legend.sum() < 0.2 * legend.size
 
 
 def test_scores_without_their_package_name_the_extra(monkeypatch):
