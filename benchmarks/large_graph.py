@@ -137,7 +137,8 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    found = []
+    found: list[dict[str, Any]] = []
+    args.results.mkdir(parents=True, exist_ok=True)
     for nodes in map(int, args.sizes.split(",")):
         graphs = random_graph(nodes, args.degree)
         started = time.perf_counter()
@@ -149,20 +150,23 @@ def main() -> int:
             found.append({**head, **row})
             sys.stdout.write("  ".join(f"{key}={value}" for key, value in found[-1].items()) + "\n")
             sys.stdout.flush()
-    args.results.mkdir(parents=True, exist_ok=True)
+        write(found, name, args, device)  # after each size: the last one takes longest
+    plot(found, args.results / f"large_graph_{device.type}.png")
+    return 0
+
+
+def write(rows: Sequence[dict[str, Any]], name: str, args: argparse.Namespace, device: torch.device) -> None:
+    """CSV, its first line saying where it was made."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    path = args.results / f"large_graph_{device.type}.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        command = f"python -m benchmarks.large_graph --sizes {args.sizes} --device {args.device}"
+    with (args.results / f"large_graph_{device.type}.csv").open("w", newline="", encoding="utf-8") as file:
+        command = f"python -m benchmarks.large_graph --sizes {args.sizes} --order {args.order} --device {args.device}"
         file.write(
             f"# {name}, {os.cpu_count()} CPU cores, torch {torch.__version__}, float32, dim {args.dim}, "
             f"{args.degree} edges a node, process peak {peak} MB; {command}\n"
         )
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(found)
-    plot(found, args.results / f"large_graph_{device.type}.png")
-    return 0
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

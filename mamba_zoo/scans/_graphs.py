@@ -105,8 +105,9 @@ class Graphs:
         into = torch.bincount(target, minlength=self.num_nodes)
         colour = _mix(self.degree * 0x10001 + into)
         for _ in range(ROUNDS):  # always as many: the colours of a graph must not depend on its batch
-            seen = torch.zeros_like(colour).index_add_(0, target, _mix(colour[source]))
-            seen = seen.index_add_(0, source, _mix(colour[target] + 0x5851F42D))
+            before, after = _mix(colour), _mix(colour + 0x5851F42D)  # of nodes: edges are several times as many
+            seen = torch.zeros_like(colour).index_add_(0, target, before[source])
+            seen = seen.index_add_(0, source, after[target])
             colour = _mix(colour * 3 + seen)
         return colour & _LOW_63
 
