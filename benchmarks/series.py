@@ -64,7 +64,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         "frequencies": {**_TIMEMACHINE, "mask_frequencies": 0.2},
     },
 }
-# By the lowest validation error of `--choose` (results/etth1_choice.csv), with one exception: "weighted" would be chosen
+# By the lowest validation error of `--choose` (results/etth1_choice.csv), but one exception: "weighted" would be chosen
 # for S-Mamba at 96, 192 and 336 steps, 0.001 below "dropout", but was not trained with the seeds of the results.
 CHOSEN = {
     "s_mamba": {96: "dropout", 192: "dropout", 336: "dropout", 720: "frequencies"},
