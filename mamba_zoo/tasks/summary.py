@@ -62,7 +62,8 @@ def print_summary(out: Path, rows: Sequence[dict[str, Any]], model: Any, data: A
         key = model.monitor.partition("/")[2]
         what = f"{model.metric_names.get(key, key)} {best[model.monitor]:.4f}"
         table.add_row("best epoch", f"{best['epoch']}, {what} on the validation {model.unit}")
-    table.add_row("files", f"{out}: best.ckpt, last.ckpt, history.csv, curves.png")
+    files = [name for name in ("best.ckpt", "last.ckpt", "history.csv", "curves.png") if (out / name).exists()]
+    table.add_row("files", f"{out}: {', '.join(files)}")
     table.add_row("next", f"mamba-zoo test --checkpoint {out}")
     Console().print(table, soft_wrap=True)
 
@@ -78,7 +79,8 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, scores: Sequence[str
                 axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None, label=key)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        if axis.lines:  # a run may end before it is scored
+            axis.legend(frameon=False)
     left.set_ylabel("loss")
     right.set_ylabel(title)
     _save(figure, path)

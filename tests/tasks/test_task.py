@@ -100,6 +100,16 @@ def test_command_line_fits_resumes_tests_and_predicts(toy, tmp_path, capsys):
     assert "--digits" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.ModelCheckpoint.*could not find the monitored key:UserWarning")
+def test_a_run_that_ends_before_it_is_scored(toy, tmp_path, capsys):
+    limits = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
+    assert main(["fit", "--task", "slopes", "--out", "short", *limits]) == 0
+    shown = capsys.readouterr().out
+    files = [path.name for path in (tmp_path / "short").iterdir()]
+    assert "curves.png" in files
+    assert all((name in shown) == (name in files) for name in ("best.ckpt", "last.ckpt", "curves.png"))
+
+
 def test_a_recipe_names_its_task(toy, capsys):
     assert main(["fit", "--config", "toy", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]) == 0
     assert "val/mse" in capsys.readouterr().out
