@@ -139,7 +139,7 @@ BENCHMARKS = {
         model={"lr": 0.002, "weight_decay": 0.01, "warmup_epochs": 5},
         options={"dim": 64, "depth": 3, "drop_rate": 0.1, "global_pool": "add"},
         epochs=60,
-        seeds=5,
+        seeds=3,
         folds=1,
         trials=(),
     ),
