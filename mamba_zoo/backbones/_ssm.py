@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -177,7 +178,8 @@ class SelectiveSSM(nn.Module):
         each = u if u.dim() == 3 else u[:, :, None]  # (b, l, k or 1)
         dt = each * (self.dt_proj.weight[:, 0] * low).sum(-1)
         (b, l, k), squares = dt.shape, u.square()
-        with torch.autocast(u.device.type, enabled=False):  # squares do not fit float16, and nothing here is wide
+        # Squares do not fit float16, and nothing here is wide. The meta device has no autocast to leave.
+        with nullcontext() if u.is_meta else torch.autocast(u.device.type, enabled=False):
             y = selective_scan(
                 squares.movedim(0, -1)[None],
                 dt.movedim(0, -1)[None],
