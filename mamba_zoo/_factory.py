@@ -143,8 +143,8 @@ class ModelCard(Card):
             "operations": self.gflops and f"{self.gflops:g} G (published)",
             "counted the same way": self.counted_as_published and f"{self.counted_as_published:.2f} G: {self._way()}",
             "multiply-adds, counted": self.counted_gmacs
-            and f"{self.counted_gmacs:.2f} G at {self.input_size}: products and convolutions, and half of the scan's "
-            "9 b m d n + b m d operations",
+            and f"{self.counted_gmacs:.{2 if self.counted_gmacs >= 0.1 else 5}f} G at {self.input_size}: "
+            "products and convolutions, and half of the scan's 9 b m d n + b m d operations",
             "ImageNet-1k top-1": self.top1 and f"{self.top1:g} % (published)",
             "licence": f"{self.license}, {'' if self.commercial else 'not '}for commercial use",
             "paper": self.paper and f"arXiv:{self.paper}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 COLOURS = "magma"
 # In untrained models scans bring 1e-5 of what convolutions do.
 DECADES = 6  # that the colours of a receptive field span
+_LETTERS = 12  # of a title that fit an inch
 
 
 def plot_receptive_fields(
@@ -155,7 +157,8 @@ def _bare(axes: Axes) -> None:
 
 def _finish(figure: Figure, title: str, path: str | PathLike[str] | None, dpi: int) -> Figure:
     if title:
-        figure.suptitle(title, fontsize=10)
+        width = int(figure.get_figwidth() * _LETTERS)
+        figure.suptitle(textwrap.fill(title, width), fontsize=10)
     if path is not None:
         figure.savefig(path, dpi=dpi)
     return figure

@@ -38,8 +38,8 @@ def published_file(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[s
     if not cfg.url:
         where = f" (source: {cfg.origin_url})" if cfg.origin_url else ""
         raise ValueError(
-            f"pretrained=True: no address is known from which the weights of {name} can be downloaded directly{where}. "
-            "Pass the file as checkpoint_path="
+            f"pretrained=True: no address is known from which the weights of {name} can be downloaded directly{where}; "
+            f"`mamba-zoo info {name}` tells what is known. Pass the file as checkpoint_path="
         )
     url, filename = cfg.url if isinstance(cfg.url, tuple) else (cfg.url, _basename(cfg.url))
     # Many projects call their file best.pth or model.pth, so each model has a folder of its own.

@@ -15,6 +15,10 @@ from ._gate import ChannelGate
 from ._ssm import CausalConv1d, SelectiveSSM, resolve_dt_rank, resolve_scan
 
 DEFAULT = ("h", "h_flip", "w2", "w2_flip")
+COLUMNS_NOTE = (
+    "The published code misplaces the outputs of columns on maps that are not square; that is corrected here, see "
+    "published_columns=."
+)
 
 
 class BlockScan(NamedTuple):

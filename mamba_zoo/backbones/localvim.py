@@ -24,7 +24,7 @@ from ._base import Tokens
 from ._block import AddNormBlock, LayerNorm, RMSNorm, add_residual
 from ._embed import PatchEmbed, check_image, insert_token, resample_grid, resample_positions
 from ._keys import Key, rename
-from ._local import DEFAULT, LocalVimMixer, block_scans
+from ._local import COLUMNS_NOTE, DEFAULT, LocalVimMixer, block_scans
 from ._register import Card, build_model, image_cfg, register
 
 # torch.fx takes these whole: they look at shapes and dtypes.
@@ -321,6 +321,7 @@ _SMALL_NOTES = (
     "No weights are known: the README's link leads to those of LocalVMamba-S. The published file defines this model "
     "twice, here with {} directions; nothing tells which were trained."
 )
+_TINY_NOTES = f"Directions have decay rates of their own, as trained; loaded by the published code, not. {COLUMNS_NOTE}"
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> LocalVim:
@@ -335,6 +336,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> LocalVim:
         76.2,
         checkpoint="local_vim_tiny.ckpt",
         url=f"{_RELEASE}/local_vim_tiny.ckpt",
+        notes=_TINY_NOTES,
     ),
     tag="in1k",
     **_CFG,
@@ -351,6 +353,7 @@ def local_vim_tiny(pretrained: bool = False, **kwargs: Any) -> LocalVim:
         77.8,
         checkpoint="local_vim_tiny_middle_cls_token.ckpt",
         url=f"{_RELEASE}/local_vim_tiny_middle_cls_token.ckpt",
+        notes=_TINY_NOTES,
     ),
     tag="in1k",
     **_CFG,

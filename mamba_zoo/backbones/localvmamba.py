@@ -19,7 +19,7 @@ from ._block import MapBlock
 from ._embed import PatchMerge, PatchStem
 from ._init import init_linear_
 from ._keys import Key, rename
-from ._local import DEFAULT, BlockScan, DirectionMerge, block_scans
+from ._local import COLUMNS_NOTE, DEFAULT, BlockScan, DirectionMerge, block_scans
 from ._mixer import SS2D
 from ._register import Card, build_model, image_cfg, register
 from ._ssm import SelectiveSSM
@@ -229,7 +229,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> LocalVMamba:
         5.7,
         82.7,
         0.2,
-        notes="The published configurations name local_vssm_tiny.ckpt, but the release does not have it.",
+        notes=f"The published configurations name local_vssm_tiny.ckpt; the release does not have it. {COLUMNS_NOTE}",
     ),
     tag="in1k",
     **_CFG,
@@ -247,6 +247,7 @@ def local_vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
         0.2,
         checkpoint="local_vssm_small.ckpt",
         url=f"{_RELEASE}/local_vssm_small.ckpt",
+        notes=COLUMNS_NOTE,
     ),
     tag="in1k",
     **_CFG,

@@ -41,7 +41,7 @@ class Maps(nn.Module):
         strides: Pixels per position of each map.
 
     Raises:
-        ValueError: a model that offers no maps, or not those of `out_indices`.
+        ValueError: a model that takes no images or offers no maps, or not those of `out_indices`.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Maps(nn.Module):
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if name in mamba_zoo.list_models() and (modality := mamba_zoo.model_card(name).modality) != "image":
+            raise ValueError(f"{name} is a model of modality {modality!r} and takes no images; choose an image model")
         cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
         given = {
             "scan": scan,

@@ -139,7 +139,10 @@ class DetectionData(TaskData):
         found, self._classes = read_coco(*first, drop=drop, masks=self.masks)
         self._left_out = sum(item.left_out for item in found)
         if not any(len(item.boxes) for item in found):
-            raise AnnotationError(f"{first[0]} annotates no object; there is nothing to learn")
+            cause = f" but the {self._left_out} that cannot be right; on_bad_box='error' names them"
+            raise AnnotationError(
+                f"{first[0]} annotates no object{cause if self._left_out else ''}; there is nothing to learn"
+            )
         if "train" in places:
             parts = {"train": found}
             for name in ("val", "test"):

@@ -64,7 +64,7 @@ def print_summary(out: Path, rows: Sequence[dict[str, Any]], model: Any, data: A
         table.add_row("best epoch", f"{best['epoch']}, {what} on the validation {model.unit}")
     files = [name for name in ("best.ckpt", "last.ckpt", "history.csv", "curves.png") if (out / name).exists()]
     table.add_row("files", f"{out}: {', '.join(files)}")
-    table.add_row("next", f"mamba-zoo test --checkpoint {out}")
+    table.add_row("next", f"mamba-zoo test --checkpoint {out if 'best.ckpt' in files else out / 'last.ckpt'}")
     Console().print(table, soft_wrap=True)
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from mamba_zoo.__main__ import main
+from mamba_zoo.analysis import plot_receptive_fields
 from mamba_zoo.analysis.look import query_of, read_images
 from mamba_zoo.analysis.record import record_scans
 
@@ -31,6 +32,15 @@ def test_writes_a_picture_for_each_scan(tmp_path, capsys, picture):
     printed = capsys.readouterr().out
     assert "cross" in printed
     assert "receptive_field.png" in printed
+
+
+@pytest.mark.parametrize("panels", [1, 2])
+def test_titles_stay_within_their_pictures(panels):
+    title = "Effective receptive field of local_vim_tiny_middle_cls_token, untrained: random weights; 4 images of noise"
+    figure = plot_receptive_fields({str(i): torch.rand(4, 4) for i in range(panels)}, title=title)
+    figure.canvas.draw()
+    title_box, picture_box = figure.texts[0].get_window_extent(), figure.bbox
+    assert picture_box.x0 <= title_box.x0 < title_box.x1 <= picture_box.x1
 
 
 def test_uses_the_weights_it_is_given(tmp_path, capsys):

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mamba_zoo.tasks.canvases import CLASSES, SIZE, Canvases, boxes_of
 from mamba_zoo.tasks.coco import AnnotationError, decode, encode, read_coco
-from mamba_zoo.tasks.detection_data import DetectionData, InstanceData
+from mamba_zoo.tasks.detection_data import DetectionData, InstanceData, Objects
 
 RNG = np.random.default_rng(0)
 
@@ -109,6 +111,32 @@ def test_boxes_classes_and_masks_arrive(tmp_path):
     assert moved["boxes"].tolist() == [[25, 6, 35, 14]]
     assert flipped.equal(image.flip(-1))
     assert moved["masks"].equal(found["masks"].flip(-1))
+
+
+def test_canvases_of_digits_in_cocos_format_are_read_as_they_were_drawn(tmp_path):
+    images, objects = [], []
+    for number in range(8):
+        canvas = Canvases("val")[number]
+        Image.fromarray(canvas.image).save(tmp_path / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": SIZE, "height": SIZE})
+        for i, (x0, y0, x1, y1) in enumerate(boxes_of(canvas).tolist()):
+            one = {"id": len(objects), "image_id": number, "category_id": int(canvas.digits[i]), "iscrowd": 0}
+            outline = encode(canvas.instances == i + 1)
+            objects.append({**one, "bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": outline})
+    categories = [{"id": i, "name": str(i)} for i in range(10)]
+    content = {"images": images, "annotations": objects, "categories": categories}
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    found, classes = read_coco(tmp_path / "annotations.json", tmp_path)
+    assert classes == CLASSES
+    drawn, read = Objects(Canvases("val"), masks=True), Objects(found, masks=True)
+    for number in range(8):
+        torch.testing.assert_close(read[number], drawn[number], rtol=0, atol=0)
+
+
+def test_an_annotation_file_of_which_nothing_is_left_says_so(tmp_path):
+    write(tmp_path, **box(bbox=[5, 6, 0, 8]))
+    with pytest.raises(AnnotationError, match="annotates no object but the 1 that cannot be right; on_bad_box='error'"):
+        DetectionData(str(tmp_path), on_bad_box="drop").setup()
 
 
 def test_folders_of_splits_and_cocos_own_layout(tmp_path):

@@ -17,7 +17,7 @@ from mamba_zoo.tasks.detection import Detector, DetectorNet, InstanceSegmenter
 from mamba_zoo.tasks.detection_data import DetectionData, InstanceData
 from mamba_zoo.tasks.draw import draw_regions
 from mamba_zoo.tasks.optim import parameter_groups
-from mamba_zoo.tasks.segmentation import Segmenter, mean_iou
+from mamba_zoo.tasks.segmentation import Segmenter, SegmenterNet, mean_iou
 from mamba_zoo.tasks.segmentation_data import IGNORED, SegmentationData
 
 FAST = "test_resnet"  # a tiny network of timm: these tests are about the heads and the data
@@ -72,6 +72,42 @@ def test_maps_of_any_backbone_have_the_strides_they_name(name, options, strides,
     torch.stack([x.square().mean() for x in found]).sum().backward()
     unused = {key for key, p in maps.named_parameters() if p.grad is None}
     assert not any(key.startswith("pyramid") for key in unused)
+
+
+# Four stages or blocks each, as wide as a test allows.
+STAGED = {"depths": (1, 1, 1, 1), "dims": 16, "d_state": 2}
+PLAIN = {"depth": 4, "dim": 16, "d_state": 2, "img_size": 64}
+WINDOWED = {"depths": (1, 1, 1, 1), "dim": 8, "stem_dim": 4, "heads": (1, 1), "windows": (3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, STAGED) for name in ("vmamba_tiny", "vmamba_tiny_v0", "efficient_vmamba_tiny")),
+        ("local_vmamba_tiny", {**STAGED, "directions": ("h", "v_flip")}),
+        ("mambavision_t", WINDOWED),
+        ("plainmamba_l1", {**PLAIN, "stem_dim": 4}),
+        ("local_vim_tiny", {**PLAIN, "directions": ("h", "v_flip")}),
+        *((name, PLAIN) for name in ("vim_tiny", "videomamba_tiny")),
+    ],
+)
+def test_every_family_is_trained_in_detection_and_segmentation(name, options, device):
+    torch.manual_seed(0)
+    net = SegmenterNet(Maps(name, options=options), "fpn", 3, 16, (0.5,) * 3, (0.5,) * 3).to(device)
+    scores = net(torch.rand(2, 3, 64, 96, device=device))
+    assert scores.shape == (2, 3, 64, 96)
+    scores.square().mean().backward()
+    detector = DetectorNet(Maps(name, options=options), "mask_rcnn", 3, 16, 16, rois=8, anchor_size=16).to(device)
+    mask = torch.zeros(1, 64, 80, dtype=torch.uint8, device=device)
+    mask[:, 5:40, 5:40] = 1
+    objects = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1]), "masks": mask}
+    losses = detector([torch.rand(3, 64, 80, device=device)], [{key: x.to(device) for key, x in objects.items()}])
+    torch.stack(list(losses.values())).sum().backward()
+    for trained in (net, detector):
+        body = dict(trained.get_backbone().body.named_parameters())
+        moved = [key for key, p in body.items() if p.grad is not None and p.grad.isfinite().all() and p.grad.any()]
+        assert any(key.endswith("A_log") for key in moved)
+        assert any("stem" in key or "patch_embed" in key for key in moved)
 
 
 def test_a_plain_pyramid_sees_every_pixel_at_every_stride():
@@ -231,6 +267,7 @@ def test_masks_that_cannot_be_right(regions):
         (lambda: Detector(FAST, out_indices=[9]), r"out_indices=\[9\] names maps that test_resnet does not have"),
         (lambda: Segmenter(FAST, head="unet"), "choose one of upernet, fpn"),  # type: ignore[arg-type]
         (lambda: Segmenter("vmamba_mino"), "did you mean 'vmamba_mini'"),
+        (lambda: Detector("videomamba_mini_video"), "of modality 'video' and takes no images"),
         (lambda: Segmenter(FAST, class_names=["one"]), "at least 2 classes"),
         (lambda: DetectionData(batch_size=0), "batch_size=0"),
         (lambda: DetectionData(hflip=2), "hflip=2 is a probability"),
