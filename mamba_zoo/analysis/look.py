@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
         fields[name] = receptive_field(model, inputs, args.stage)
         written += _maps(model, inputs[:1], shown, name, args, trained, out)
     note = args.model + ("" if trained else ", untrained: random weights")
-    what = f"{len(args.image)} images" if args.image else f"{args.samples} images of noise"
+    count = len(args.image) or args.samples
+    what = f"{count} image{'' if count == 1 else 's'}{'' if args.image else ' of noise'}"
     plot_receptive_fields(fields, out / "receptive_field.png", title=f"Effective receptive field of {note}; {what}")
     table = Table("scan", "50 %", "90 %", "99 %", title="part of the image that holds this share of the gradient")
     for name, field in fields.items():

@@ -157,8 +157,9 @@ def _bare(axes: Axes) -> None:
 
 def _finish(figure: Figure, title: str, path: str | PathLike[str] | None, dpi: int) -> Figure:
     if title:
-        width = int(figure.get_figwidth() * _LETTERS)
-        figure.suptitle(textwrap.fill(title, width), fontsize=10)
+        lines = textwrap.wrap(title, int(figure.get_figwidth() * _LETTERS))
+        figure.set_figheight(figure.get_figheight() + 0.18 * (len(lines) - 1))
+        figure.suptitle("\n".join(lines), fontsize=10)
     if path is not None:
         figure.savefig(path, dpi=dpi)
     return figure
