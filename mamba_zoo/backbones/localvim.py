@@ -321,7 +321,10 @@ _SMALL_NOTES = (
     "No weights are known: the README's link leads to those of LocalVMamba-S. The published file defines this model "
     "twice, here with {} directions; nothing tells which were trained."
 )
-_TINY_NOTES = f"Directions have decay rates of their own, as trained; loaded by the published code, not. {COLUMNS_NOTE}"
+_TINY_NOTES = (
+    "The published code, loading on a CPU, gives all directions of a block the decay rates of its last one; here each "
+    f"keeps its own. {COLUMNS_NOTE}"
+)
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> LocalVim:
