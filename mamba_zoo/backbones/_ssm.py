@@ -148,7 +148,7 @@ class SelectiveSSM(nn.Module):
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = self.dt_proj(low)
         if u.shape[1] == 1 and cu_seqlens is None and (order is None or order.shape[-1] == 1):
-            return self._one_token(u, dt, B, C, z, reduce)
+            return self._one_token(u, dt, B, C, z, order, reduce)
         with recomputed(dt, self.dt_proj, low):  # the widest of all tensors here, made of a few channels
             return selective_scan(
                 u,
@@ -191,14 +191,22 @@ class SelectiveSSM(nn.Module):
                 dt_softplus=True,
                 out_dtype=u.dtype,
             )
-        y = (each * (y[0].movedim(-1, 0) + self.D[:, 0]))[..., None]
+        skip = self.D[:, 0]
+        if order is not None:  # none for tokens that a direction leaves out
+            visited = skip.new_zeros(len(order), l + 1).scatter(1, torch.where(order < 0, l, order).long(), 1.0)
+            skip = skip * visited[:, :l].T
+        y = (each * (y[0].movedim(-1, 0) + skip))[..., None]
         return self._gated(y, z, reduce, dtype)
 
-    def _one_token(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, reduce: str | None) -> Tensor:
+    def _one_token(
+        self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None, order: Tensor | None, reduce: str | None
+    ) -> Tensor:
         """The scan of a single token, which finds no memory: B and C meet before they meet the channels."""
         dtype = u.dtype
         u, dt, B, C = (self._wide(x) for x in (u if u.dim() == 4 else u[:, :, None], dt, B, C))
         y = u * (F.softplus(dt + self.dt_bias) * (B * C).sum(-1, keepdim=True) + self.D)
+        if order is not None:  # directions may leave the token out
+            y = y * (order >= 0 if order.dim() == 2 else (order >= 0)[:, None])
         y = y + 0 * self.A_log.sum()  # decay rates have a gradient, which is zero
         return self._gated(y, z, reduce, dtype)
 

@@ -96,7 +96,7 @@ TASKS: dict[str, TaskEntry] = {
         (("karate", "graph_karate"), (r"planetoid:.*", "graph_cora"), (".*", "graph_karate")),
     ),
     "edge-classification": TaskEntry(
-        ".graph:EdgeClassifier", ".graph_data:EdgeData", "say which nodes of a graph are joined",
+        ".graph:EdgeClassifier", ".graph_edges:EdgeData", "say which nodes of a graph are joined",
         (("karate", "graph_karate_edges"), (".*", "graph_cora_edges")),
     ),
     "node-regression": TaskEntry(

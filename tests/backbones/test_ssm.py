@@ -87,8 +87,9 @@ def test_large_activations_are_computed_again_instead_of_kept(half, device, monk
 
 @pytest.mark.parametrize("reduce", [None, "sum", "mean"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize("complete", [True, False], ids=["all tokens", "some tokens"])
 @pytest.mark.parametrize(("dim", "l"), [(1, 9), (6, 1), (1, 1)], ids=["one channel", "one token", "both"])
-def test_one_channel_or_one_token_is_the_same_scan(dim, l, shared, reduce, device):
+def test_one_channel_or_one_token_is_the_same_scan(dim, l, complete, shared, reduce, device):
     torch.manual_seed(0)
     # The kernels for GPUs are float32 at most.
     dtype = torch.float64 if device.type == "cpu" else torch.float32
@@ -97,6 +98,8 @@ def test_one_channel_or_one_token_is_the_same_scan(dim, l, shared, reduce, devic
     u, z = (torch.randn(37, l, *shape, dim, dtype=dtype) for shape in ([] if shared else [3], []))
     u, z = (x.to(device).requires_grad_() for x in (u, z))
     order = torch.stack([torch.randperm(l) for _ in range(3)]).to(device)
+    if not complete:
+        order[1, l // 2] = -1
     low, B, C = ssm.x_proj(u).split([2, 4, 4], dim=-1)
     wanted = selective_scan(
         u, ssm.dt_proj(low), ssm.decay(), B, C, ssm.D, z, order, ssm.dt_bias, dt_softplus=True, reduce=reduce

@@ -106,7 +106,7 @@ if INTERPRETED:
         case = dict(DUALS[name])
         if name == "chunks in turn":  # as if the heads alone filled the device
             monkeypatch.setattr(ssd, "_PROGRAMS", 4)
-            monkeypatch.setattr(ssd, "_plans", {})
+            monkeypatch.setattr(ssd, "_plans", type(ssd._plans)())
         if case.get("order") == "empty":
             case["order"] = random_order(2, 20, m=15, empty=3)
         if case.get("order") == "per sample":

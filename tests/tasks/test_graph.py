@@ -15,7 +15,8 @@ from mamba_zoo.tasks import train_once
 from mamba_zoo.tasks._graph_files import read_folder, read_graphs
 from mamba_zoo.tasks._graph_nets import BASELINES, build_graph_model
 from mamba_zoo.tasks.graph import GraphClassifier
-from mamba_zoo.tasks.graph_data import EdgeData, GraphData, NodeData, TargetData, normalized
+from mamba_zoo.tasks.graph_data import GraphData, NodeData, TargetData, normalized
+from mamba_zoo.tasks.graph_edges import EdgeData
 from mamba_zoo.tasks.graph_targets import EdgeTargetData, NodeTargetData
 from mamba_zoo.tasks.registry import load_task
 from mamba_zoo.tasks.running import quiet, quiet_trainer

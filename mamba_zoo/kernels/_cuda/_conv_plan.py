@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ._plan import FORMATS, _text
+from ._plan import FORMATS, text_of
 
 _LONGEST = 64  # steps of a run
 _THREADS = 128  # of a block
@@ -105,4 +105,4 @@ def source(kernel: str, launch: Launch, variant: Variant) -> str:
         f"constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};"
         for name, value in settings.items()
     ]
-    return "\n".join([_text("primitives"), *lines, _text("conv")])
+    return "\n".join([text_of("primitives"), *lines, text_of("conv")])

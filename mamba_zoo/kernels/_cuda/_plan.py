@@ -193,15 +193,15 @@ def source(kernel: str, launch: Launch, variant: Variant) -> str:
         f"constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};"
         for name, value in settings.items()
     ]
-    return "\n".join([_text("primitives"), *lines, _text("common"), _text(kernel)])
+    return "\n".join([text_of("primitives"), *lines, text_of("common"), text_of(kernel)])
 
 
 @lru_cache(maxsize=8)
 def finish_source(dtype: torch.dtype) -> str:
     """CUDA C++ of the small kernels that follow the scans."""
-    return "\n".join([_text("primitives"), f"typedef {FORMATS[dtype]} In;", _text("finish")])
+    return "\n".join([text_of("primitives"), f"typedef {FORMATS[dtype]} In;", text_of("finish")])
 
 
 @lru_cache(maxsize=8)
-def _text(name: str) -> str:
+def text_of(name: str) -> str:
     return (Path(__file__).parent / f"{name}.cu").read_text()

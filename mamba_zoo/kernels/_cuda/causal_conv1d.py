@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from .._conv_args import ConvArgs
+from .._plans import Plans
 from . import _conv_plan, _plan, nvrtc
 from ._conv_plan import Launch, Variant
-from .selective_scan import _address, _aligned, _readable, _strides, _Sum, _Sums
+from ._sums import Sum, Sums
+from ._tensors import address, aligned, readable, strides, unreadable
 
 # Args of conv.cu in two parts.
 _ADDRESSES = struct.Struct("12Q")
 _SIZES = struct.Struct("11q8i")
 _STATE_THREADS = 128
-_setups: dict[tuple, _Setup] = {}
+_ROWS = (0, 1, 4)  # x, dy and the order among the tensors of a call
+_setups: Plans[_Setup] = Plans()
 
 
 def forward(s: ConvArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
@@ -25,7 +28,7 @@ def forward(s: ConvArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
     setup, inputs = _prepare(s)
     # Tokens that no direction visits stay zero.
     y = (s.x.new_empty if s.complete else s.x.new_zeros)(setup.rows_shape)
-    addresses = [_address(x) for x in inputs]
+    addresses = [address(x) for x in inputs]
     setup.launch("forward", *addresses, y.data_ptr(), 0, 0, 0)
     if not want_final:
         return y, None
@@ -43,7 +46,7 @@ def backward(s: ConvArgs, dy: Tensor, dfinal: Tensor | None) -> dict[str, Tensor
     parts = setup.x_shared and not added
     new = s.x.new_empty if s.complete and not added else s.x.new_zeros
     dx = new(setup.rows_shape if parts else setup.x_shape)
-    addresses = [_address(x) for x in inputs]
+    addresses = [address(x) for x in inputs]
     # Every block of runs has its own sums for weights and bias, in one tensor.
     sums = s.weight.new_empty(setup.sums_size)
     weight = torch.empty_like(s.weight, memory_format=torch.contiguous_format)
@@ -81,11 +84,9 @@ def _prepare(
     )  # fmt: skip
     setup = _setups.get(key)
     if setup is None:
-        if len(_setups) > 4096:  # variable lengths
-            _setups.clear()
-        setup = _setups[key] = _Setup(s, given)
+        setup = _setups.keep(key, _Setup(s, given))
     if setup.copied:
-        given = setup.readable(given)
+        given = readable(given, setup.copied)
     return setup, given
 
 
@@ -93,8 +94,8 @@ class _Setup:
     """What shapes, strides and alignment decide, worked out once for all calls that share them."""
 
     def __init__(self, s: ConvArgs, given: tuple[Tensor | None, ...]):
-        self.copied = [i for i, x in enumerate(given) if x is not None and not _as_it_lies(i, x)]
-        given = self.readable(given)
+        self.copied = unreadable(given, _ROWS)
+        given = readable(given, self.copied)
         tokens = [x for x in given[:2] if x is not None]
         x, dy, dfinal = tokens[0], given[1], given[-1]
         self.rows_shape = (s.b, s.l, s.k, s.d)
@@ -104,12 +105,12 @@ class _Setup:
         self.x_shape = tuple(x.shape)
         self.x_shared = x.dim() == 3 and self.k > 1
         self.aligned = next(
-            w for w in (8, 4, 2, 1) if w * x.itemsize <= 16 and self.d % w == 0 and all(_aligned(t, w) for t in tokens)
+            w for w in (8, 4, 2, 1) if w * x.itemsize <= 16 and self.d % w == 0 and all(aligned(t, w) for t in tokens)
         )
         adds = _plan.adds_directions(self.k, nvrtc.capability(self.device))
         self.added = self.x_shared and adds and self.aligned * x.itemsize >= 4
         self._variant = Variant(x.dtype, s.silu, s.offsets is not None, dfinal is not None)
-        self._strides = [*_strides(x), *_strides(dy)]
+        self._strides = [*strides(x), *strides(dy)]
         self._order_strides = (0 if s.order.shape[0] == 1 else s.order.stride(0), s.order.stride(1))
         launch = self.launch_of("backward")
         self._parts = -(-self.b * self._runs(launch)[1] // launch.slots)
@@ -117,7 +118,7 @@ class _Setup:
         self.sums_size = self._parts * (s.weight.numel() + (0 if s.bias is None else s.bias.numel()))
         self._has_bias = s.bias is not None
         self._kernels: dict[str, tuple[nvrtc.Kernel, int, int, bytes]] = {}
-        self._sums: dict[bool, _Sums] = {}
+        self._sums: dict[bool, Sums] = {}
 
     def launch(self, name: str, *addresses: int) -> None:
         """Queue a kernel with these addresses, in the order of Args."""
@@ -131,22 +132,18 @@ class _Setup:
         """How `name` is launched."""
         return _conv_plan.launch(_pass(name), self.w, self.d, self.aligned)
 
-    def readable(self, given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """The tensors of a call, those copied that the kernels cannot read as they lie."""
-        return tuple(x.contiguous() if x is not None and i in self.copied else x for i, x in enumerate(given))
-
-    def sums(self, parts: bool) -> _Sums:
+    def sums(self, parts: bool) -> Sums:
         """The launch that sums what blocks wrote for weights and bias, and of x what directions wrote in `parts`."""
         found = self._sums.get(parts)
         if found is None:
             channels = self.k * self.d
-            jobs = [_Sum(False, False, channels * self.w, self._parts, channels * self.w)]
+            jobs = [Sum(False, False, channels * self.w, self._parts, channels * self.w)]
             if self._has_bias:
-                jobs.append(_Sum(False, False, channels, self._parts, channels))
+                jobs.append(Sum(False, False, channels, self._parts, channels))
             if parts:
                 half = self.dtype != torch.float32
-                jobs.append(_Sum(half, half, math.prod(self.x_shape), self.k, self.d))
-            found = self._sums[parts] = _Sums(jobs, self.dtype, self.device)
+                jobs.append(Sum(half, half, math.prod(self.x_shape), self.k, self.d))
+            found = self._sums[parts] = Sums(jobs, self.dtype, self.device)
         return found
 
     def _runs(self, launch: Launch) -> tuple[int, int]:
@@ -171,11 +168,6 @@ class _Setup:
             needed = self.states * k * d if self.w > 1 else 0
             return loaded, -(-needed // _STATE_THREADS), _STATE_THREADS, sizes
         return loaded, -(-self.b * runs // launch.slots) * k * blocks, launch.threads, sizes
-
-
-def _as_it_lies(place: int, x: Tensor) -> bool:
-    """Whether the kernels read input `place` without a copy: rows of tokens and of steps, or anything contiguous."""
-    return _readable(0 if place in (0, 1, 4) else -1, x)
 
 
 def _pass(kernel: str) -> str:

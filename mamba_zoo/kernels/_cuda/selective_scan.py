@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._plans import Plans
 from .._scan_args import ScanArgs
 from . import _plan, nvrtc
 from ._plan import Variant
+from ._sums import Sum, Sums
+from ._tensors import address, aligned, readable, strides, unreadable
 
-# Args of common.cu in two parts, Carry of finish.cu, and its Job in two parts.
+# Args of common.cu in two parts, and Carry of finish.cu.
 _POINTERS = struct.Struct("27Q")
 _SIZES = struct.Struct("21q11if")
 _CARRY = struct.Struct("5Q8i")
-_FROM_TO = struct.Struct("2Q")
-_JOB_SIZES = struct.Struct("2q6if4x")
-_MOST_JOBS = 8
 _OUTPUTS = (
     "y", "u", "dt", "z", "B", "C", "final", "saved", "A", "D", "dt_bias", "initial_state", "carry", "carry_dt",
 )  # fmt: skip  # gradients under the names of their inputs
 _ROWS = (0, 1, 2, 3, 4, 5, 9)  # u, dt, B, C, z, dy and the order among the tensors of a call
-_setups: dict[tuple, _Setup] = {}
+_setups: Plans[_Setup] = Plans()
 
 
 def saved_shape(s: ScanArgs) -> tuple[int, ...]:
@@ -42,7 +41,7 @@ def forward(s: ScanArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor |
     y = (s.u.new_zeros if zeros else s.u.new_empty)(setup.written_shape, dtype=s.out_dtype)
     saved = s.u.new_empty(setup.saved_shape, dtype=torch.float32) if save else None
     final = s.new_state() if want_final else None
-    out = {"y": y.data_ptr(), "saved": _address(saved), "final": _address(final)}
+    out = {"y": y.data_ptr(), "saved": address(saved), "final": address(final)}
     if setup.chunks == 1:
         call.launch("forward", out, keep=save, added=setup.adds_y)
     else:
@@ -122,11 +121,9 @@ class _Call:
         )  # fmt: skip
         setup = _setups.get(key)
         if setup is None:
-            if len(_setups) > 4096:  # variable lengths
-                _setups.clear()
-            setup = _setups[key] = _Setup(s, given)
+            setup = _setups.keep(key, _Setup(s, given))
         if setup.copied:
-            given = setup.readable(given)
+            given = readable(given, setup.copied)
             pointers = [0 if x is None else x.data_ptr() for x in given]
         self.setup, self.given, self.pointers = setup, given, pointers  # copies live until the kernels are queued
 
@@ -161,8 +158,8 @@ class _Setup:
     """What shapes, strides and alignment decide, worked out once for all calls that share them."""
 
     def __init__(self, s: ScanArgs, given: tuple[Tensor | None, ...]):
-        self.copied = [i for i, x in enumerate(given) if x is not None and not _readable(i, x)]
-        given = self.readable(given)
+        self.copied = unreadable(given, _ROWS)
+        given = readable(given, self.copied)
         rows, order = given[:6], s.order
         b, l, k, d = self.rows_shape = tuple(s.dt.shape)
         self.k, self.d, self.n, self.m, self.rows = k, d, s.A.shape[2], order.shape[2], s.states
@@ -180,16 +177,16 @@ class _Setup:
         self.u_shared, self.z_shared = (k > 1 and x is not None and x.dim() == 3 for x in (s.u, s.z))
         self.added = self.u_shared + 4 * self.z_shared if can_add else 0
         self.per_channel = [name for name in ("D", "dt_bias") if getattr(s, name) is not None]
-        self._directions: _Sums | None = None
-        self._sums: dict[tuple[int, int], tuple[tuple[str, ...], _Sums]] = {}
+        self._directions: Sums | None = None
+        self._sums: dict[tuple[int, int], tuple[tuple[str, ...], Sums]] = {}
         tokens = [x for i, x in enumerate(rows) if x is not None and i not in (2, 3)]
         # Neighbouring channels that are read as one word.
         chunk = next(
-            w for w in (8, 4, 2, 1) if w * s.u.itemsize <= 16 and d % w == 0 and all(_aligned(x, w) for x in tokens)
+            w for w in (8, 4, 2, 1) if w * s.u.itemsize <= 16 and d % w == 0 and all(aligned(x, w) for x in tokens)
         )
         self.width = min(2, chunk)
         maps = [x for x in rows[2:4] if x is not None]
-        map_width = next(w for w in (4, 2, 1) if self.n % w == 0 and all(_aligned(x, w) for x in maps))
+        map_width = next(w for w in (4, 2, 1) if self.n % w == 0 and all(aligned(x, w) for x in maps))
         self.variant = Variant(
             s.u.dtype, s.out_dtype, map_width, chunk, spacing, s.dt_softplus, s.z is not None,
             empty=not s.complete and s.offsets is None, exact=self.n == _plan.padded(self.n),
@@ -206,7 +203,7 @@ class _Setup:
             for name, choose in (("forward", _plan.forward_launch), ("backward", _plan.backward_launch))
         }
         self.blocks = -(-d // self.launches["backward"].channels)  # of channels, in the backward pass
-        self._strides = [stride for x in rows for stride in _strides(x)]
+        self._strides = [stride for x in rows for stride in strides(x)]
         self._order_strides = (0 if order.shape[0] == 1 else order.stride(0), order.stride(1))
         self._sizes = (b * l * k * self.n, l, k, d, self.n, self.m, self.rows, self.chunk, self.chunks)
         self._slots = slots
@@ -230,70 +227,35 @@ class _Setup:
         loaded = nvrtc.load(_plan.source(name, launch, variant), f"scan_{name}", self.device, shared)
         return loaded, self.rows * chunks * self.k * blocks, launch.threads, sizes
 
-    def readable(self, given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """The tensors of a call, those copied that the kernels cannot read as they lie."""
-        return tuple(x.contiguous() if x is not None and i in self.copied else x for i, x in enumerate(given))
-
-    def sum_of_directions(self) -> _Sums:
+    def sum_of_directions(self) -> Sums:
         """The launch that makes y of the outputs of every direction."""
         if self._directions is None:
             half = self.out_dtype != torch.float32
             total = math.prod(self.y_shape)
-            self._directions = _Sums([_Sum(half, half, total, self.k, self.d, self.scale)], self.out_dtype, self.device)
+            self._directions = Sums([Sum(half, half, total, self.k, self.d, self.scale)], self.out_dtype, self.device)
         return self._directions
 
-    def sums_of_parts(self, sums: int, added: int) -> tuple[tuple[str, ...], _Sums]:
+    def sums_of_parts(self, sums: int, added: int) -> tuple[tuple[str, ...], Sums]:
         """Gradients that the backward kernel writes in parts: their names, and the launch that sums the parts."""
         found = self._sums.get((sums, added))
         if found is None:
             found = self._sums[sums, added] = self._plan_sums(sums, added)
         return found
 
-    def _plan_sums(self, sums: int, added: int) -> tuple[tuple[str, ...], _Sums]:
+    def _plan_sums(self, sums: int, added: int) -> tuple[tuple[str, ...], Sums]:
         half, runs, channels = self.dtype != torch.float32, self.rows * self.chunks, self.k * self.d
         tokens, maps = math.prod(self.rows_shape) // self.k, self.maps_size
-        jobs: dict[str, _Sum] = {}
+        jobs: dict[str, Sum] = {}
         for name, parts in (("u", self.u_shared and not added & 1), ("z", self.z_shared and not added & 4)):
             if parts:
-                jobs[name] = _Sum(half, half, tokens, self.k, self.d)
+                jobs[name] = Sum(half, half, tokens, self.k, self.d)
         if sums != 2:
             count = self.blocks if sums == 1 else 1
-            jobs["B"] = jobs["C"] = _Sum(False, half, maps, count, maps)
-        jobs["A"] = _Sum(False, False, channels * self.n, runs, channels * self.n)
+            jobs["B"] = jobs["C"] = Sum(False, half, maps, count, maps)
+        jobs["A"] = Sum(False, False, channels * self.n, runs, channels * self.n)
         for name in self.per_channel:
-            jobs[name] = _Sum(False, False, channels, runs, channels)
-        return tuple(jobs), _Sums(list(jobs.values()), self.dtype, self.device)
-
-
-class _Sum(NamedTuple):
-    """Sum of parts `(outer, parts, inner)` over parts, and whether parts and result are 16-bit."""
-
-    half: bool
-    half_result: bool
-    total: int  # of the results, outer * inner
-    parts: int
-    inner: int
-    scale: float = 1.0
-
-
-class _Sums:
-    """Sums in one launch: all but their addresses."""
-
-    def __init__(self, sums: list[_Sum], dtype: torch.dtype, device: int):
-        self._kernel = nvrtc.load(_plan.finish_source(dtype), "scan_finish", device)
-        self._sizes, self._blocks = [], 0
-        for half, half_result, total, parts, inner, scale in sums:
-            split = 8 if parts >= 16 else 1
-            wide = 4 if split == 1 and inner % 4 == 0 else 1
-            first = self._blocks
-            self._sizes.append(_JOB_SIZES.pack(total, inner, parts, first, half, half_result, split, wide, scale))
-            self._blocks += -(-total // (256 // split * wide))
-        self._unused = bytes((_FROM_TO.size + _JOB_SIZES.size) * (_MOST_JOBS - len(sums)))
-
-    def launch(self, addresses: list[tuple[int, int]]) -> None:
-        """Queue them, from and to these addresses."""
-        packed = [_FROM_TO.pack(*pair) + sizes for pair, sizes in zip(addresses, self._sizes, strict=True)]
-        self._kernel.launch(self._blocks, 256, b"".join(packed) + self._unused)
+            jobs[name] = Sum(False, False, channels, runs, channels)
+        return tuple(jobs), Sums(list(jobs.values()), self.dtype, self.device)
 
 
 def _spacing(s: ScanArgs) -> int:
@@ -307,28 +269,3 @@ def _kept(s: ScanArgs, spacing: int) -> tuple[int, int]:
     if s.offsets is None:
         return s.b * s.k, (s.m + spacing - 1) // spacing - 1 if s.m else 0
     return s.k, s.m // spacing + s.offsets.shape[1] - 1
-
-
-def _readable(place: int, x: Tensor) -> bool:
-    """Whether the kernels read `x` as it lies: rows of tokens and of steps, or anything contiguous."""
-    return x.is_contiguous() or (place in _ROWS and (x.stride(-1) == 1 or x.shape[-1] == 1))
-
-
-def _strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Bytes from sample to sample, token to token and direction to direction."""
-    if x is None:
-        return 0, 0, 0
-    size = x.element_size()
-    sample, token, *direction = x.stride()[:-1]
-    return sample * size, token * size, direction[0] * size if direction else 0
-
-
-def _aligned(x: Tensor, width: int) -> bool:
-    """Whether any `width` neighbours that start at a multiple of `width` can be read at once, 16 bytes at a time."""
-    size = x.element_size()
-    step = min(16, width * size)
-    return x.data_ptr() % step == 0 and all(stride * size % step == 0 for stride in x.stride()[:-1])
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

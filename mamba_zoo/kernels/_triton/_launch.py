@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._plans import Plans
+
 _VERSION = "3.6."  # of Triton, whose launcher `_Handle` calls; others launch in the ordinary way
 
 
@@ -24,7 +26,7 @@ class _Handle(NamedTuple):
 
 # By kernel, device, dtypes and alignment of tensors, and all other arguments: at least as fine as what Triton tells
 # apart when it compiles.
-_handles: dict[tuple, _Handle] = {}
+_handles: Plans[_Handle] = Plans()
 
 
 def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **constants: Any) -> None:
@@ -60,7 +62,7 @@ class Launch:
 
     def __init__(self, kernel: Any, programs: int, numbers: tuple[int, ...], constants: dict[str, Any]) -> None:
         self.kernel, self.programs, self.numbers, self.constants = kernel, programs, numbers, constants
-        self._found: dict[tuple, _Handle] = {}
+        self._found: Plans[_Handle] = Plans()
 
     def __call__(self, like: Tensor, *tensors: Tensor | None) -> None:
         """Run it with `tensors`, on the device of `like`."""
@@ -115,16 +117,14 @@ def _queue(kernel: Any, programs: int, device: int, args: tuple, constants: dict
         _again(handle, programs, device, values)
 
 
-def _first(handles: dict, key: tuple, kernel: Any, programs: int, args: tuple, constants: dict[str, Any]) -> None:
+def _first(
+    handles: Plans[_Handle], key: tuple, kernel: Any, programs: int, args: tuple, constants: dict[str, Any]
+) -> None:
     """Launch in the ordinary way, and keep the handle."""
     compiled = kernel[(programs,)](*args, **constants)
     if _triton().__version__.startswith(_VERSION) and torch.version.hip is None:
-        if len(handles) > 4096:  # variable lengths
-            handles.clear()
-        names = kernel.arg_names[len(args) :]
-        handles[key] = _Handle(
-            compiled.run, compiled.function, compiled.packed_metadata, tuple(constants[name] for name in names)
-        )
+        constant = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        handles.keep(key, _Handle(compiled.run, compiled.function, compiled.packed_metadata, constant))
 
 
 def _again(handle: _Handle, programs: int, device: int, values: list) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._conv_args import ConvArgs
+from .._plans import Plans
 from ._conv_kernels import (
     conv_backward_state,
     conv_backward_weight,
@@ -17,7 +18,7 @@ from ._launch import common_width, contiguous, launch, needs_wide_offsets, store
 
 _STEPS = 16  # of a tile
 _RUN = 8  # tiles of a program that sums gradients of weights
-_layouts: dict[tuple, _Layout] = {}
+_layouts: Plans[_Layout] = Plans()
 
 
 def forward(s: ConvArgs, want_final: bool) -> tuple[Tensor, Tensor | None]:
@@ -124,11 +125,7 @@ def _layout(s: ConvArgs, x: Tensor, dy: Tensor | None = None) -> _Layout:
         (x.data_ptr() | (0 if dy is None else dy.data_ptr())) & 15,
     )  # fmt: skip
     found = _layouts.get(key)
-    if found is None:
-        if len(_layouts) > 4096:  # variable lengths
-            _layouts.clear()
-        found = _layouts[key] = _Layout(s, x, dy)
-    return found
+    return _layouts.keep(key, _Layout(s, x, dy)) if found is None else found
 
 
 def _parameters(s: ConvArgs) -> tuple[Tensor, Tensor | None, Tensor | None]:

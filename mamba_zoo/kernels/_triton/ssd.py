@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _ssd_chunked
+from .._plans import Plans
 from .._ssd_args import SsdArgs, chunked_order
 from ._launch import Launch, common_width, contiguous, needs_wide_offsets, stored_dtype, with_unit_stride
 
@@ -24,7 +25,7 @@ _SEGMENTS = 16  # at most: each reads what all before it leave
 _LARGEST, _WIDE_LARGEST = 256, 128  # states, of bfloat16 tokens and others
 _STEPS = 64  # of a chunk
 _CAPABILITY = (8, 0)  # older GPUs have neither bfloat16 nor enough shared memory
-_plans: dict[tuple, _Plan] = {}
+_plans: Plans[_Plan] = Plans()
 
 
 @dataclass(frozen=True)
@@ -263,11 +264,7 @@ def _plan(s: SsdArgs, x: Tensor, B: Tensor, C: Tensor, order: Tensor, dy: Tensor
         None if dy is None else dy.stride(),
     )  # fmt: skip
     found = _plans.get(key)
-    if found is None:
-        if len(_plans) > 1024:  # variable lengths
-            _plans.clear()
-        found = _plans[key] = _Plan(s, x, B, C, order, dy)
-    return found
+    return _plans.keep(key, _Plan(s, x, B, C, order, dy)) if found is None else found
 
 
 def _segments(s: SsdArgs) -> tuple[int, int]:
