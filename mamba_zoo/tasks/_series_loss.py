@@ -1,4 +1,4 @@
-"""Losses of forecasts and of filled gaps: unknown values, weights of the steps, frequencies taken out at random."""
+"""Losses of forecasts and of filled gaps: unknown values, weights of the steps, and frequencies."""
 
 from __future__ import annotations
 
@@ -34,6 +34,21 @@ def known_error(found: Tensor, wanted: Tensor, kind: str, weights: Tensor | None
         total, count = (error.sum(2) * weights).sum(1), (known.sum(2) * weights).sum(1)
         least = float(torch.finfo(count.dtype).tiny)
     return total.sum() / count.sum().clamp(min=least), total.detach() / count.clamp(min=least)
+
+
+def spectral_error(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean absolute error between two spectra, over all frequencies, and of each window `(b,)`.
+
+    Both are orthonormal discrete Fourier transforms over the steps, of which the frequencies from 0 to half a cycle a
+    step are compared (arXiv:2402.02399). The error of a value that is not known counts as zero.
+
+    Args:
+        found: `(b, steps, v)`.
+        wanted: The same shape, NaN where nothing is known.
+    """
+    error = torch.where(wanted.isnan(), 0.0, found.float() - wanted)
+    of_windows = torch.fft.rfft(error, dim=1, norm="ortho").abs().mean((1, 2))
+    return of_windows.mean(), of_windows.detach()
 
 
 def step_weights(weighting: Weighting, steps: int) -> Tensor | None:

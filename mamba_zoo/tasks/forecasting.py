@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._series_loss import Weighting, known_error, step_weights, without_frequencies
+from ._series_loss import Weighting, known_error, spectral_error, step_weights, without_frequencies
 from ._series_task import HorizonErrors, Schedule, SeriesTask, build_series_model
 from .running import write_csv
 
@@ -38,6 +38,8 @@ class Forecaster(SeriesTask):
             "arctan", by 1 + pi/4 - arctan(i), a fifth of the first at last (arXiv:2412.17323).
         mask_frequencies: Part of the frequencies that are taken out of each training window and of what follows it, at
             random (arXiv:2302.09292); 0 is off.
+        spectral_loss: Part of the loss that is the mean absolute error between the spectra of forecast and truth
+            (arXiv:2402.02399), from 0 to 1; the rest is `loss`, which alone knows of `weighting`.
         schedule: See `SeriesTask`.
         patience: See `SeriesTask`.
         keep_best: See `SeriesTask`.
@@ -89,6 +91,7 @@ class Forecaster(SeriesTask):
         loss: Literal["mse", "mae", "huber"] = "mse",
         weighting: Weighting = "even",
         mask_frequencies: float = 0.0,
+        spectral_loss: float = 0.0,
         schedule: Schedule = "cosine",
         patience: int | None = None,
         keep_best: bool = True,
@@ -115,6 +118,8 @@ class Forecaster(SeriesTask):
             raise ValueError(f"loss={loss!r} is unknown; choose mse, mae or huber")
         if not 0 <= mask_frequencies < 1:
             raise ValueError(f"mask_frequencies={mask_frequencies} must be at least 0 and below 1")
+        if not 0 <= spectral_loss <= 1:
+            raise ValueError(f"spectral_loss={spectral_loss} must be from 0 to 1")
         sizes = {"in_chans": in_chans, "seq_len": seq_len, "pred_len": pred_len}
         model = build_series_model(name, scan, correlation, sizes, net, published, checkpoint_path)
         super().__init__(
@@ -124,7 +129,7 @@ class Forecaster(SeriesTask):
         self.save_hyperparameters()
         self.reads_marks = marks
         self.seq_len, self.pred_len, self.loss, self.season = seq_len, pred_len, loss, season
-        self.mask_frequencies = mask_frequencies
+        self.mask_frequencies, self.spectral_loss = mask_frequencies, spectral_loss
         self.register_buffer("step_weights", step_weights(weighting, pred_len), persistent=False)
         self.columns = columns or [str(i) for i in range(in_chans)]
         self.mean, self.deviation = mean or [0.0] * in_chans, deviation or [1.0] * in_chans
@@ -144,7 +149,12 @@ class Forecaster(SeriesTask):
         """Loss of one batch."""
         if self.mask_frequencies:
             batch = [*without_frequencies(batch[0], batch[1], self.mask_frequencies), *batch[2:]]
-        loss, of_windows = known_error(self.predictions(batch), batch[1], self.loss, self.step_weights)
+        found = self.predictions(batch)
+        loss, of_windows = known_error(found, batch[1], self.loss, self.step_weights)
+        if self.spectral_loss:
+            spectral, of_spectra = spectral_error(found, batch[1])
+            loss = loss.lerp(spectral, self.spectral_loss)
+            of_windows = of_windows.lerp(of_spectra, self.spectral_loss)
         if hasattr(self.net, "record"):
             self.net.record(of_windows)  # type: ignore[operator] - MambaTS learns which order costs least
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(batch[0]))

@@ -14,7 +14,7 @@ import torch
 from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import evaluate, load_task, train_once
 from mamba_zoo.tasks._gaps import interpolate, random_gaps, turn_gaps
-from mamba_zoo.tasks._series_loss import known_error, step_weights, without_frequencies
+from mamba_zoo.tasks._series_loss import known_error, spectral_error, step_weights, without_frequencies
 from mamba_zoo.tasks.labelled_series import read_parts
 from mamba_zoo.tasks.series_data import SeriesData, fill_forward, season_of, split_rows
 from mamba_zoo.tasks.series_files import find_table, later_dates, read_table, time_marks
@@ -262,7 +262,10 @@ def test_rates_follow_the_published_schedules(table, tmp_path):
         ("s_mamba", {"scan": "both_ways(correlation)", "net": {"dim": 8, "depth": 1}}),
         ("timemachine", {"net": {"n1": 8, "n2": 4, "d_state": 2}}),
         ("mambats", {"net": {"dim": 8, "depth": 1, "patch_size": 12}}),
-        ("series_mamba", {"net": {"dim": 8, "depth": 1}, "weighting": "arctan", "mask_frequencies": 0.2}),
+        (
+            "series_mamba",
+            {"net": {"dim": 8, "depth": 1}, "weighting": "arctan", "mask_frequencies": 0.2, "spectral_loss": 0.9},
+        ),
     ],
 )
 def test_every_model_trains_and_comes_back_from_its_checkpoint(table, tmp_path, name, options):
@@ -297,6 +300,9 @@ def test_unknown_models_and_settings_are_refused(table):
         Forecaster("s_mamba", weighting="far")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mask_frequencies=1 must be at least 0 and below 1"):
         Forecaster("s_mamba", mask_frequencies=1)
+    for part in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"spectral_loss={part} must be from 0 to 1"):
+            Forecaster("s_mamba", spectral_loss=part)
 
 
 def test_far_steps_count_less_and_unknown_values_not_at_all():
@@ -312,6 +318,56 @@ def test_far_steps_count_less_and_unknown_values_not_at_all():
     assert float(mean) == pytest.approx((2 * (1 + 2**-0.5 + 3**-0.5) + 1 + 3 * 2**-0.5) / (2 + 2 * 2**-0.5 + 3**-0.5))
     nothing = known_error(torch.zeros(1, 3, 1), torch.full((1, 3, 1), torch.nan), "mse", weights)
     assert float(nothing[0]) == float(nothing[1]) == 0
+
+
+@pytest.mark.parametrize("steps", [1, 8, 9])
+def test_spectra_are_compared_by_the_formula_of_the_transform(steps):
+    generator = torch.Generator().manual_seed(steps)
+    found, wanted = (torch.randn(3, steps, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    at = torch.arange(steps // 2 + 1)[:, None] * torch.arange(steps)
+    waves = torch.exp(-2j * np.pi * at / steps) / steps**0.5
+    expected = torch.einsum("ks,bsv->bkv", waves, (found - wanted).to(waves.dtype)).abs()
+    mean, of_windows = spectral_error(found, wanted)
+    assert float(mean) == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert of_windows.tolist() == pytest.approx(expected.mean((1, 2)).tolist(), rel=1e-6)
+
+
+def test_gradients_of_spectra_are_those_of_differences_and_none_where_nothing_is_known():
+    generator = torch.Generator().manual_seed(0)
+    found, wanted = (torch.randn(2, 5, 2, generator=generator) for _ in range(2))
+    wanted[0, 3, 1] = torch.nan
+    found.requires_grad_()
+    spectral_error(found, wanted)[0].backward()
+    gradient = found.grad
+    assert gradient is not None
+    assert float(gradient[0, 3, 1]) == 0
+    for b, step, v in [(0, 0, 0), (0, 4, 1), (1, 3, 1)]:
+        with torch.no_grad():
+            shift = torch.zeros_like(found)
+            shift[b, step, v] = 1e-2
+            slope = (spectral_error(found + shift, wanted)[0] - spectral_error(found - shift, wanted)[0]) / 2e-2
+        assert float(gradient[b, step, v]) == pytest.approx(float(slope), rel=1e-2, abs=1e-4)
+    known = wanted.clone()
+    known[0, 3, 1] = found[0, 3, 1].detach()  # no error
+    errors = [spectral_error(found.detach(), values)[0].item() for values in (wanted, known)]
+    assert errors[0] == pytest.approx(errors[1])
+    same = torch.ones(1, 4, 1, requires_grad=True)
+    spectral_error(same, torch.ones(1, 4, 1))[0].backward()
+    assert same.grad is not None
+    assert same.grad.abs().max() == 0
+
+
+def test_the_loss_mixes_errors_of_steps_and_of_spectra(table, tmp_path):
+    data = SeriesData(str(table), 24, 6, batch_size=512)
+    over_time, spectral, mixed = (
+        train_once(
+            "series_linear", data, tmp_path / str(part), max_epochs=1, trainer=CPU,
+            model={"loss": "mae", "weighting": "root", "spectral_loss": part},
+        )["curve"][0]["train/loss"]
+        for part in (0.0, 1.0, 0.9)
+    )  # fmt: skip
+    assert abs(over_time - spectral) > 0.01
+    assert mixed == pytest.approx(0.1 * over_time + 0.9 * spectral, rel=1e-5)
 
 
 def test_frequencies_are_taken_out_of_a_window_and_of_what_follows_alike():
