@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels import ssd
 from ..kernels._order import pack_order, prepare_order
+from ..kernels._running_sum import running_sum
 
 
 class Memory(NamedTuple):
@@ -81,7 +82,7 @@ def trapezoid(
             table, _ = pack_order(table, cu_seqlens, l)
     dealt = _along((1 - trap) * dt, table)  # what each step takes from the one before it
     given = _back(F.pad(dealt[:, 1:], (0, 0, 0, 0, 0, 1)), table, l)
-    turns = _along((angle[:, :, :, None] * dt[..., None]).flatten(3), table).cumsum(1)
+    turns = running_sum(_along((angle[:, :, :, None] * dt[..., None]).flatten(3), table), 1)
     turns = _back(turns, table, l).unflatten(3, (dt.shape[3], -1))
     if memory is not None:
         turns = turns + memory.turns[:, None]

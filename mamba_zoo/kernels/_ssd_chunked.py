@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._running_sum import running_sum
 from ._ssd_args import END, SsdArgs, chunked_order
 
 _CHUNK = 32
@@ -84,7 +85,7 @@ class _Visit:
         self.delta = torch.where(alive, F.softplus(dt) if s.dt_softplus else dt, 0.0)
         self.slope = torch.where(alive, torch.sigmoid(dt) if s.dt_softplus else torch.ones_like(dt), 0.0)
         log = self.delta * self.per_head(s.A[k]) if s.A is not None else self.steps(s.decay[:, :, k])  # type: ignore[index]
-        self.sums = log.cumsum(3)
+        self.sums = running_sum(log, 3)
         self.grown = self.sums.exp()  # of the state before the chunk, after each step
         self.left = (self.sums[:, :, :, -1:] - self.sums).exp()  # of each step, at the end of the chunk
         self.whole = self.grown[:, :, :, -1]  # (b, c, g, r)
@@ -210,7 +211,7 @@ class _Visit:
         gone = to_state * self.delta
         through = self.whole * (ahead * states).sum((3, 5))  # (b, c, g, r)
         both = later - earlier * self.delta + from_state
-        dlog = both.flip(3).cumsum(3).flip(3) + gone.cumsum(3) - gone + through[:, :, :, None]
+        dlog = running_sum(both.flip(3), 3).flip(3) + running_sum(gone, 3) - gone + through[:, :, :, None]
         ddelta = earlier + to_state
         if s.A is not None:
             grads["A"][self.k] += (dlog * self.delta).sum((0, 1, 3)).flatten()

@@ -95,7 +95,7 @@ def test_trains_a_step_in_every_family(row, mixer):
 
 def loss(output: Any) -> Tensor:
     output = output[0] if isinstance(output, tuple) else output
-    return (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).mean()
+    return (output * torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)).mean()
 
 
 def test_errors_say_what_can_be_had():
