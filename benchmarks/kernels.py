@@ -1,18 +1,20 @@
 """Time the selective scan on the anchors' shapes on a GPU: `python -m benchmarks.kernels [--backend B] [--out FILE]`.
 
 A time is printed only after the values and gradients of a slice of that very shape agreed with float64. "fwd" and "f+b"
-are eager calls, host included, as the published implementations were timed; "graph" is a replayed CUDA graph of them.
+are eager calls, host included, as the published implementations were timed; "graph" is a replayed CUDA graph of them,
+"same bits" the graph of f+b in torch's deterministic mode, whose memory is beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import math
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,6 +110,30 @@ def graph_ms(run: Callable[[], Any]) -> float:
     return median_ms(graph.replay)
 
 
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most memory of the device that `run` takes, above what is taken before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Torch's deterministic mode, without its fill of new memory, which would be timed."""
+    settings: Any = torch.utils.deterministic
+    fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        settings.fill_uninitialized_memory = fill
+
+
 def measure(shape: Shape, dtype: str, backend: str, reduce: str | None, device: str, bandwidth: float) -> dict:
     """Median times in ms and extra memory of one shape."""
     problem = make_inputs(shape, DTYPES[dtype], device)
@@ -128,13 +154,10 @@ def measure(shape: Shape, dtype: str, backend: str, reduce: str | None, device: 
         samples = [median_ms(run) for _ in range(3)]
         times[name], times[name + "_spread"] = statistics.median(samples), max(samples) - min(samples)
     device_fwd, device_both = graph_ms(forward), graph_ms(both)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = both()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    kept = sum(g.numel() * g.element_size() for g in result) + dy.numel() * dy.element_size()
+    peak = peak_bytes(both)
+    with deterministic():
+        same_bits, same_bits_peak = graph_ms(both), peak_bytes(both)
+    kept = sum(x.numel() * x.element_size() for x in (*inputs, dy))  # the gradients, and y
     given = sum(v.numel() * v.element_size() for v in inputs)
     anchor_fwd, anchor_both = scan_anchor(shape, dtype)
     floor = max(shape.bytes(DTYPES[dtype].itemsize) / bandwidth, shape.exps / 3.7e12) * 1e3
@@ -146,6 +169,7 @@ def measure(shape: Shape, dtype: str, backend: str, reduce: str | None, device: 
         "device_fwd_ms": device_fwd, "device_fwd_ratio": anchor_fwd / device_fwd, "device_floor": device_fwd / floor,
         "device_fwdbwd_ms": device_both, "device_fwdbwd_ratio": anchor_both / device_both,
         "peak_mb": peak / 2**20, "extra_over_inputs": max(0, peak - kept) / given,
+        "same_bits_fwdbwd_ms": same_bits, "same_bits_extra": max(0, same_bits_peak - kept) / given,
     }  # fmt: skip
 
 
@@ -153,7 +177,18 @@ def report(rows: list[dict], console: Console, title: str) -> None:
     """A table, and the geometric means of the ratios."""
     table = Table(title=title)
     columns = ("shape", "dtype", "backend", "fwd ms", "x anchor", "f+b ms", "x anchor")
-    for column in (*columns, "graph fwd", "x anchor", "x floor", "graph f+b", "x anchor", "peak MB", "extra"):
+    for column in (
+        *columns,
+        "graph fwd",
+        "x anchor",
+        "x floor",
+        "graph f+b",
+        "x anchor",
+        "peak MB",
+        "extra",
+        "same bits",
+        "extra",
+    ):
         table.add_column(column, justify="left" if column in ("shape", "dtype", "backend") else "right")
     for row in rows:
         if "wrong" in row:
@@ -165,6 +200,7 @@ def report(rows: list[dict], console: Console, title: str) -> None:
             f"{row['device_fwd_ms']:.4f}", f"{row['device_fwd_ratio']:.2f}", f"{row['device_floor']:.2f}",
             f"{row['device_fwdbwd_ms']:.4f}", f"{row['device_fwdbwd_ratio']:.2f}",
             f"{row['peak_mb']:.0f}", f"{row['extra_over_inputs']:.2f}",
+            f"{row['same_bits_fwdbwd_ms']:.4f}", f"{row['same_bits_extra']:.2f}",
         )  # fmt: skip
     console.print(table)
     for backend in dict.fromkeys(row["backend"] for row in rows):
@@ -189,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device; on a CPU run python -m benchmarks.kernels_cpu")
-    console = Console(width=150)
+    console = Console(width=170)
     bandwidth = copy_bandwidth("cuda")
     rows = []
     for shape in scan_shapes():

@@ -353,29 +353,30 @@ def test_second_device(gpu):
 
 
 @pytest.mark.gpu
-def test_more_than_two_to_the_31_elements(gpu):
-    """Offsets within one sample and from sample to sample go beyond 32 bits."""
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("visits", ["in turn", "far apart"])
+def test_more_than_two_to_the_31_elements(gpu, backend, visits):
+    """Offsets within one sample and from sample to sample go beyond 32 bits, in values and gradients."""
     l, d = 2**20 + 3, 2064
     free, _ = torch.cuda.mem_get_info()
-    if free < 24 * 2**30:
-        pytest.skip("needs 24 GiB of free device memory")
-    u = torch.randn(1, l, d, device=gpu, dtype=torch.bfloat16)
-    dt = torch.full((1, l, 1, d), -1.0, device=gpu, dtype=torch.bfloat16)
-    B = C = torch.ones(1, l, 1, 1, device=gpu, dtype=torch.bfloat16)
+    if free < 64 * 2**30:
+        pytest.skip("needs 64 GiB of free device memory")
+    u = torch.randn(1, l, d, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+    dt = torch.full((1, l, 1, d), -1.0, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+    B, C = (torch.randn(1, l, 1, 1, device=gpu, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     A = torch.full((1, d, 1), -1.0, device=gpu)
     assert u.numel() > 2**31
-    with torch.no_grad():
-        y = selective_scan(u, dt, A, B, C, dt_softplus=True, backend="cuda")
-    # The state forgets: the last tokens alone give the last outputs.
-    tail = slice(l - 200, l)
-    assert relative_error(y[:, -50:], _exact(u, dt, A, B, C, tail)[:, -50:]) < 4e-3
-    order = random_order(1, 300).to(gpu) * (l // 300)
-    with torch.no_grad():
-        y = selective_scan(u, dt, A, B, C, order=order, dt_softplus=True, backend="cuda")
-    assert relative_error(y[:, order[0]], _exact(u, dt, A, B, C, order[0])) < 4e-3
-
-
-def _exact(u, dt, A, B, C, rows):
-    """The scan of some rows of the tokens, in float64."""
-    u, dt, B, C = (x[:, rows].double() for x in (u, dt, B, C))
-    return selective_scan(u, dt, A.double(), B, C, dt_softplus=True, backend="reference")
+    # The state forgets: the last tokens alone give the last outputs, and the gradients of the last inputs.
+    order, rows = None, torch.arange(l - 200, l, device=gpu)
+    if visits == "far apart":
+        order = random_order(1, 300).to(gpu) * (l // 300)
+        rows = order[0]
+    y = selective_scan(u, dt, A, B, C, order=order, dt_softplus=True, backend=backend)
+    seed = torch.zeros_like(y)
+    seed[:, rows] = torch.randn_like(y[:, rows])
+    found = [y, *torch.autograd.grad(y, (u, dt, B, C), seed)]
+    part = [x.detach()[:, rows].double().requires_grad_() for x in (u, dt, B, C)]
+    exact = selective_scan(part[0], part[1], A.double(), *part[2:], dt_softplus=True, backend="reference")
+    wanted = [exact, *torch.autograd.grad(exact, part, seed[:, rows].double())]
+    for name, ours, theirs in zip(("y", "u", "dt", "B", "C"), found, wanted, strict=True):
+        assert relative_error(ours[:, rows][:, -50:], theirs[:, -50:]) < 4e-3, name
