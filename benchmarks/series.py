@@ -9,7 +9,8 @@ windows that fill no batch.
 
 S-Mamba and TimeMachine have their published architectures. `etth1 --as-published` trains them as published too, and
 without it as `CHOSEN`. `etth1 --choose` trains all `CANDIDATES` on seeds of their own and reports validation errors
-alone, from which to choose.
+alone, from which to choose. `etth1 --evidence` trains TimeMachine as published, but tests it after every epoch, to show
+what its published settings can give: see `evidence.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,11 @@ PUBLISHED = {
 }
 # Ways to train the published architectures on ETTh1.
 # Besides the published training: absolute errors, slower rates with averaged weights, more dropout, and, on top of
-# these, less weight for far steps (as arXiv:2412.17323 trains) or random frequencies taken out (arXiv:2302.09292).
+# these, less weight for far steps (as arXiv:2412.17323 trains), random frequencies taken out (arXiv:2302.09292) or
+# errors of the spectrum (arXiv:2402.02399).
 _S_MAMBA = {"loss": "mae", "ema_decay": 0.99, "lr": 1e-4, "net": {"dropout": 0.3}}
-_TIMEMACHINE = {"loss": "mae", "ema_decay": 0.95, "lr": 3e-4}
+_SLOW = {"ema_decay": 0.95, "lr": 3e-4}
+_TIMEMACHINE = {"loss": "mae", **_SLOW}
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
     "s_mamba": {
         "published": {},
@@ -57,11 +60,14 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
     "timemachine": {
         "published": {},
         "absolute": {"loss": "mae"},
-        "slow": {"ema_decay": 0.95, "lr": 3e-4},
-        "slow-weighted": {"ema_decay": 0.95, "lr": 3e-4, "weighting": "arctan"},
+        "slow": _SLOW,
+        "slow-weighted": {**_SLOW, "weighting": "arctan"},
         "absolute-slow": _TIMEMACHINE,
         "weighted": {**_TIMEMACHINE, "weighting": "arctan"},
         "frequencies": {**_TIMEMACHINE, "mask_frequencies": 0.2},
+        "spectral": {**_SLOW, "spectral_loss": 0.9},
+        "absolute-spectral": {**_TIMEMACHINE, "spectral_loss": 0.5},
+        "spectral-frequencies": {**_SLOW, "spectral_loss": 0.9, "mask_frequencies": 0.2},
     },
 }
 # By the lowest validation error of `--choose` (results/etth1_choice.csv), but one exception: "weighted" would be chosen
@@ -70,6 +76,7 @@ CHOSEN = {
     "s_mamba": {96: "dropout", 192: "dropout", 336: "dropout", 720: "frequencies"},
     "timemachine": {96: "weighted", 192: "slow-weighted", 336: "slow-weighted", 720: "frequencies"},
 }
+EVIDENCE_EPOCHS = 20  # the published rates depend on the epoch alone: these are the first of the published 100
 CHOICE_SEED = 100  # the first seed of the runs that choose; results have seeds from 0
 PUBLISHED_BATCH = 512  # windows in a test batch of TimeMachine
 LINEAR: dict[str, Any] = {"model": {"lr": 1e-3, "schedule": "halving", "patience": 3}, "epochs": 10, "batch": 32}
@@ -131,6 +138,13 @@ def exchange(data: Path, seeds: int, as_published: bool = False, choose: bool = 
     """S-Mamba with its published settings, TimeMachine and linear models; every row has the repeated last value."""
     source = str(find(data, "exchange_rate.csv"))
     return [run for seed in range(seeds) for h in HORIZONS for run in _forecasts("exchange", source, h, seed, True)]
+
+
+def evidence_runs(data: Path, seeds: int) -> list[Run]:
+    """TimeMachine as published, but for fewer epochs."""
+    source = str(find(data, "ETTh1.csv"))
+    runs = [_published("etth1", source, "timemachine", h, s, "published") for s in range(seeds) for h in HORIZONS]
+    return [replace(run, epochs=EVIDENCE_EPOCHS) for run in runs]
 
 
 def _forecasts(dataset: str, source: str, horizon: int, seed: int, as_published: bool) -> list[Run]:
@@ -207,6 +221,7 @@ def perform(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {key: getattr(run, key) for key in ("dataset", "model", "horizon", "settings", "seed")}
     if run.task == "rocket":
         return {**row, "accuracy": _rocket(run), "seconds": time.perf_counter() - started}
+    import numpy as np
     import torch
 
     from mamba_zoo.tasks.registry import find_task
@@ -217,6 +232,11 @@ def perform(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     kind: Any = find_task(run.task).data_class
     data = kind(run.data, batch_size=run.batch, **sizes, **run.data_options)
     trainer = {"accelerator": options.accelerator, "precision": options.precision}
+    if options.evidence:
+        from .evidence import tested_each_epoch
+
+        folder = options.runs / f"{run.folder}-evidence"
+        return {**row, **tested_each_epoch(run.model, data, folder, run.seed, run.epochs, run.options, trainer)}
     trainer["gradient_clip_val"] = None if run.horizon else 1.0
     result = train_once(
         run.model, data, options.runs / run.folder, seed=run.seed, max_epochs=run.epochs, model=run.options,
@@ -226,7 +246,9 @@ def perform(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         row["val_mse"] = min(epoch["val/mse"] for epoch in result["curve"])
     test = {} if options.choose else result["test"]
     if run.horizon and not options.choose:
-        test["mse_full_batches"] = _full_batches(options.runs / run.folder / "test_predictions.npz")
+        test["mse_full_batches"] = full_batches(
+            np.load(options.runs / run.folder / "test_predictions.npz")["windows_mse"]
+        )
     errors = ("mse", "mae", "mse_full_batches", "repeat_mse", "repeat_mae", "season_mse")
     kept = errors if run.horizon else ("top1", "f1")
     scores = {"accuracy" if key == "top1" else key: test[key] for key in kept if key in test}
@@ -240,11 +262,8 @@ def perform(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _full_batches(file: Path) -> float:
-    """Test error without the last windows, which fill no batch of the published size."""
-    import numpy as np
-
-    errors = np.load(file)["windows_mse"]
+def full_batches(errors: Any) -> float:
+    """The mean of the errors of windows without the last, which fill no batch of the published size."""
     return float(errors[: len(errors) // PUBLISHED_BATCH * PUBLISHED_BATCH].mean())
 
 
@@ -312,15 +331,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="at most as many, for a trial")
     parser.add_argument("--as-published", action="store_true", help="etth1: train as published, not as chosen")
     parser.add_argument("--choose", action="store_true", help="etth1: train all candidates, report validation errors")
+    parser.add_argument("--evidence", action="store_true", help="etth1: TimeMachine as published, tested every epoch")
     parser.add_argument("--accelerator", default="auto", help="as in Lightning: cpu, gpu")
     parser.add_argument("--runs", type=Path, default=Path("runs/series"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="CSV file; default benchmarks/results/SET[_published, _choice].csv")
+    parser.add_argument(
+        "--out", type=Path, help="CSV file; default benchmarks/results/SET[_published, _choice, _evidence].csv"
+    )
     options = parser.parse_args(arguments)
-    if (options.as_published or options.choose) and options.set != "etth1":
-        parser.error("--as-published and --choose are for etth1")
+    ways = [way for way in ("as_published", "choose", "evidence") if getattr(options, way)]
+    if ways and (options.set != "etth1" or len(ways) > 1):
+        parser.error("--as-published, --choose and --evidence are for etth1, one at a time")
+    runs = (
+        evidence_runs(options.data, options.seeds)
+        if options.evidence
+        else SETS[options.set](options.data, options.seeds, options.as_published, options.choose)
+    )
     todo = [
         run
-        for run in SETS[options.set](options.data, options.seeds, options.as_published, options.choose)
+        for run in runs
         if (not options.models or run.model in options.models)
         and (not options.horizons or run.horizon in options.horizons)
         and (not options.datasets or run.dataset in options.datasets)
@@ -328,7 +356,9 @@ def main(arguments: list[str] | None = None) -> None:
     for run in todo:
         run.epochs = min(run.epochs, options.epochs or run.epochs)
     console = Console(width=140)
-    name = options.set + ("_choice" if options.choose else "_published" if options.as_published else "")
+    name = options.set + "".join(
+        {"as_published": "_published", "choose": "_choice", "evidence": "_evidence"}[way] for way in ways
+    )
     out = options.out or Path(__file__).parent / "results" / f"{name}.csv"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started, rows = time.perf_counter(), []
@@ -360,6 +390,7 @@ def write(out: Path, rows: list[dict[str, Any]], options: argparse.Namespace) ->
     command = f"python -m benchmarks.series {options.set} --data DIR --seeds {options.seeds} --jobs {options.jobs}"
     command += " --as-published" if options.as_published else ""
     command += " --choose" if options.choose else ""
+    command += " --evidence" if options.evidence else ""
     command += "" if options.precision == "32-true" else f" --precision {options.precision}"
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
