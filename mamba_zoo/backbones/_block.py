@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -63,6 +64,18 @@ def _normed(x, weight, bias, branch, scale, eps, kind, narrow) -> Any:
     dtype = linear_dtype(x if branch is None else branch) if narrow else x.dtype
     stream, y = add_norm(x, weight, bias, branch, scale, eps, kind, dtype)
     return y if branch is None else (stream, y)
+
+
+def normed_again(y: Tensor, norm: nn.Module, stream: Tensor) -> AbstractContextManager[Any]:
+    """A context within which autograd keeps `stream`, as the norm does anyway, in the place of `y`, if that is large.
+
+    Args:
+        y: `norm(stream, narrow=True)`, the stream with its branch added.
+        norm: `LayerNorm` or `RMSNorm`.
+        stream: `(b, ..., d)`.
+    """
+    dtype = y.dtype  # a branch may have given it
+    return recomputed(y, lambda x: norm(x, narrow=True).to(dtype), stream)
 
 
 def branch_scale(branch: Tensor, drop_path: float) -> Tensor | None:
@@ -132,11 +145,14 @@ class MapBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map `(b, h, w, dim)` to one of the same shape."""
-        y = self.mixer(self.norm1(x, narrow=True))
+        y = self.norm1(x, narrow=True)
+        with normed_again(y, self.norm1, x):
+            y = self.mixer(y)
         if self.mlp is None:
             return x + self.drop_path1(y)
         x, y = self.norm2(x, y, branch_scale(y, skip_rate(self.drop_path1)), narrow=True)
-        return x + self.drop_path2(self.mlp(y))
+        with normed_again(y, self.norm2, x):
+            return x + self.drop_path2(self.mlp(y))
 
 
 class AddNormBlock(nn.Module):
@@ -192,7 +208,7 @@ def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
 
 
 # torch.fx takes these whole, because they look at dtypes. Not as decorators, which would hide their types.
-for _leaf in (LayerNorm, LeanMlp, RMSNorm):
+for _leaf in (LayerNorm, LeanMlp, MapBlock, RMSNorm):
     register_notrace_module(_leaf)
 for _name in ("add_residual", "branch_scale", "linear_dtype"):
     torch.fx.wrap(_name)

@@ -12,6 +12,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ._block import LayerNorm
+from ._recompute import recomputed
 
 
 def check_image(x: Tensor, in_chans: int, smallest: int) -> None:
@@ -68,8 +69,12 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(b, c, h, w)` to a map `(b, h', w', dim)`, sizes rounded up."""
-        x = self.act(self.norm1(self.conv1(x.permute(0, 2, 3, 1))))
-        return self.norm2(self.conv2(x))
+        x = self.conv1(x.permute(0, 2, 3, 1))
+        normed = self.norm1(x)
+        with recomputed(normed, self.norm1, x):
+            y = self.act(normed)
+        with recomputed(y, lambda x: self.act(self.norm1(x)), x):
+            return self.norm2(self.conv2(y))
 
 
 class PatchStem(nn.Module):
@@ -211,6 +216,6 @@ def resample_grid(positions: Tensor, old: tuple[int, int], new: tuple[int, int])
     return resample(positions, list(new), list(old), num_prefix_tokens=0, antialias=False)
 
 
-# torch.fx takes these whole, because they look at shapes. Not as decorators, which would hide their types.
-for _leaf in (MapBatchNorm, PatchMerge):
+# torch.fx takes these whole, because they look at shapes or at memory. Not as decorators, which would hide their types.
+for _leaf in (ConvStem, MapBatchNorm, PatchMerge):
     register_notrace_module(_leaf)

@@ -10,7 +10,8 @@ from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..scans import scan_order
-from ._block import LayerNorm
+from ._block import LayerNorm, normed_again
+from ._recompute import recomputed
 from ._ssm import CausalConv1d, SelectiveSSM, resolve_dt_rank
 
 REDUCTIONS = ("sum", "mean")
@@ -160,10 +161,16 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         x, z = x.chunk(2, dim=-1) if self.gate else (x, None)
         # A channels-last map seen as (b, d, h, w) is what torch calls channels_last: nothing is copied on either side.
-        u = F.silu(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        y = u if self.ssm is None else self.visit(self.ssm, u.reshape(b, h * w, -1), (h, w)).unflatten(1, (h, w))
-        y = self.out_norm(y, narrow=True).to(u.dtype)
-        return self.out_proj(y if z is None else y * F.silu(z))
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = u = F.silu(x)
+        if self.ssm is not None:
+            with recomputed(u, F.silu, x):
+                y = self.visit(self.ssm, u.reshape(b, h * w, -1), (h, w)).unflatten(1, (h, w))
+        normed = self.out_norm(y, narrow=True).to(u.dtype)
+        if z is not None:
+            return self.out_proj(normed * F.silu(z))
+        with normed_again(normed, self.out_norm, y):
+            return self.out_proj(normed)
 
     def visit(self, ssm: SelectiveSSM, u: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens `(b, l, inner)` of a grid `(h, w)` to what the directions of `scan` make of them together."""

@@ -19,38 +19,64 @@ LEAST = 2**26  # bytes; of smaller tensors the memory matters less than the time
 def recomputed(x: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> AbstractContextManager[Any]:
     """A context within which autograd keeps `inputs` in the place of `x`, and calls `make(*inputs)` when it needs `x`.
 
-    For large tensors that little work makes of small ones. Nothing changes where gradients are off, where a compiler or
-    a transform looks on, or where others decide what is kept, such as activation checkpointing.
+    For large tensors that little work makes of small ones, or of tensors that are kept anyway. May be nested. Nothing
+    changes where gradients are off, where a compiler or a transform looks on, or where others decide what is kept, such
+    as activation checkpointing.
 
     Args:
         x: `make(*inputs)`, computed already.
-        make: Without random numbers; called under the autocast of now, without gradients.
+        make: Without random numbers; called under the autocast of now, without gradients. Must not hold `x`.
         inputs: Tensors.
     """
     # First whether somebody looks on: sizes may then be symbols.
-    if not torch.is_grad_enabled() or not x.requires_grad or _observed(x) or x.nbytes < LEAST:
+    if not torch.is_grad_enabled() or not x.requires_grad or watched((x,)) or x.nbytes < LEAST:
         return nullcontext()
-    kept = tuple(tensor.detach() for tensor in inputs)
-    address, dtype, shape, strides, kind = x.data_ptr(), x.dtype, x.shape, x.stride(), x.device.type
-    plain, count = x.is_contiguous(), x.numel()
-    autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-
-    def pack(tensor: Tensor) -> Tensor | torch.Size:
-        if tensor.data_ptr() != address or tensor.dtype != dtype:
-            return tensor
-        same = tensor.shape == shape and tensor.stride() == strides
-        flat = plain and tensor.is_contiguous() and tensor.numel() == count  # linear layers flatten what they keep
-        return tensor.shape if same or flat else tensor
-
-    def unpack(tensor: Tensor | torch.Size) -> Tensor:
-        if isinstance(tensor, Tensor):
-            return tensor
-        with torch.no_grad(), torch.autocast(kind, cache_enabled=False, **autocast):
-            made = make(*kept)
-        return made if made.shape == tensor else made.view(tensor)
-
-    return saved_tensors_hooks(pack, unpack)
+    hooks = _top_saved_tensors_default_hooks(False)
+    outer = None if hooks is None else hooks[0]
+    if outer is not None and not isinstance(outer, _Recipe):
+        return nullcontext()
+    return saved_tensors_hooks(_Recipe(x, make, inputs, outer), _unpack)
 
 
-def _observed(x: Tensor) -> bool:
-    return watched((x,)) or _top_saved_tensors_default_hooks(False) is not None
+class _Recipe:
+    """How to make a tensor again; called with every tensor that autograd would keep, it takes the place of that one."""
+
+    def __init__(self, x: Tensor, make: Callable[..., Tensor], inputs: tuple[Tensor, ...], outer: _Recipe | None):
+        self.make, self.outer = make, outer
+        self.inputs = tuple(tensor.detach() for tensor in inputs)
+        self.address, self.dtype, self.shape, self.strides = x.data_ptr(), x.dtype, x.shape, x.stride()
+        self.plain, self.count, self.kind = x.is_contiguous(), x.numel(), x.device.type
+        self.autocast = {
+            "dtype": torch.get_autocast_dtype(self.kind), "enabled": torch.is_autocast_enabled(self.kind),
+        }  # fmt: skip
+        self.uses = self.due = 0
+        self.made: Tensor | None = None
+
+    def __call__(self, tensor: Tensor) -> Any:
+        if tensor.data_ptr() == self.address and tensor.dtype == self.dtype:
+            same = tensor.shape == self.shape and tensor.stride() == self.strides
+            # Linear layers flatten what they keep.
+            if same or (self.plain and tensor.is_contiguous() and tensor.numel() == self.count):
+                self.uses += 1
+                return self, tensor.shape
+        return tensor if self.outer is None else self.outer(tensor)
+
+    def again(self) -> Tensor:
+        """The tensor, held until all who would have kept it have asked for it."""
+        made = self.made
+        if made is None:
+            with torch.no_grad(), torch.autocast(self.kind, cache_enabled=False, **self.autocast):
+                made = self.made = self.make(*self.inputs)
+            self.due = self.uses
+        self.due -= 1
+        if self.due <= 0:
+            self.made = None
+        return made
+
+
+def _unpack(kept: Tensor | tuple[_Recipe, torch.Size]) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    recipe, shape = kept
+    made = recipe.again()
+    return made if made.shape == shape else made.view(shape)

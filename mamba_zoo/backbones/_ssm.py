@@ -33,17 +33,25 @@ class DirectionLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, l, in)` shared by the directions, or `(b, l, k, in)`, to `(b, l, k, out)`, possibly strided."""
-        k, out, _ = self.weight.shape
-        if x.dim() == 3:
-            return F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, (k, out))
-        if k == 1:
-            return F.linear(x, self.weight[0])
-        if x.is_cuda:
-            # One wide product with a block-diagonal weight: the weight gradient of k thin batched products, whose sum
-            # runs over all tokens, takes cuBLAS 10 ms a layer of vmamba_tiny's first stage at batch 128.
-            blocks = torch.diag_embed(self.weight.movedim(0, -1)).permute(2, 0, 3, 1)
-            return F.linear(x.flatten(2), blocks.reshape(k * out, -1)).unflatten(-1, (k, out))
-        y = torch.bmm(x.flatten(0, 1).transpose(0, 1), self.weight.transpose(1, 2))
+        return self.product(*self.operands(x))
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `product` multiplies: the tokens, and a weight `(k * out, ...)` for all directions or one for each."""
+        k = len(self.weight)
+        if x.dim() == 3 or k == 1:
+            return (x if x.dim() == 3 else x[:, :, 0]), self.weight.flatten(0, 1)
+        if not x.is_cuda:
+            return x, self.weight
+        # One wide product with a block-diagonal weight: the weight gradient of k thin batched products, whose sum
+        # runs over all tokens, takes cuBLAS 10 ms a layer of vmamba_tiny's first stage at batch 128.
+        blocks = torch.diag_embed(self.weight.movedim(0, -1)).permute(2, 0, 3, 1)
+        return x.flatten(2), blocks.flatten(2).flatten(0, 1)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` of the tokens whose `operands` these are."""
+        if weight.dim() == 2:
+            return F.linear(x, weight).unflatten(-1, (len(self.weight), -1))
+        y = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
         return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
     def extra_repr(self) -> str:
@@ -146,10 +154,11 @@ class SelectiveSSM(nn.Module):
         if self.dt_bias.shape[-1] == 1 and cu_seqlens is None and (order is None or order.dim() == 2):
             return self._one_channel(u, z, order, reduce)
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = self.dt_proj(low)
+        steps = self.dt_proj.operands(low)  # kept by the product anyway
+        dt = self.dt_proj.product(*steps)
         if u.shape[1] == 1 and cu_seqlens is None and (order is None or order.shape[-1] == 1):
             return self._one_token(u, dt, B, C, z, order, reduce)
-        with recomputed(dt, self.dt_proj, low):  # the widest of all tensors here, made of a few channels
+        with recomputed(dt, self.dt_proj.product, *steps):  # the widest of all tensors here, made of a few channels
             return selective_scan(
                 u,
                 dt,

@@ -28,15 +28,24 @@ def test_direction_linear_is_one_map_per_direction(device, shared, k):
         torch.testing.assert_close(a, b)
 
 
-def steps_and_gradients(ssm: SelectiveSSM, u: torch.Tensor, half: bool, checkpointed: bool = False) -> tuple:
+def steps_and_gradients(
+    ssm: SelectiveSSM, u: torch.Tensor, half: bool, monkeypatch: pytest.MonkeyPatch, checkpointed: bool = False
+) -> tuple:
     """Whether the steps outlive the forward pass, how often they were computed, and all gradients."""
     made = []
-    hook = ssm.dt_proj.register_forward_hook(lambda layer, x, y: made.append(StorageWeakRef(y.untyped_storage())))
+    product = ssm.dt_proj.product
+
+    def watched(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = product(x, weight)
+        made.append(StorageWeakRef(y.untyped_storage()))
+        return y
+
+    monkeypatch.setattr(ssm.dt_proj, "product", watched)
     with torch.autocast(u.device.type, torch.bfloat16, enabled=half):
         y: Any = checkpoint(ssm, u, reduce="sum", use_reentrant=False) if checkpointed else ssm(u, reduce="sum")
     kept = not made[0].expired()
     grads = torch.autograd.grad(y.square().sum(), [u, *ssm.parameters()])
-    hook.remove()
+    monkeypatch.setattr(ssm.dt_proj, "product", product)
     return kept, len(made), grads
 
 
@@ -45,14 +54,14 @@ def test_large_steps_are_computed_again_instead_of_kept(half, device, monkeypatc
     torch.manual_seed(0)
     ssm = SelectiveSSM(8, 4, 2, k=2).to(device)  # sums of two are the same in every run
     u = torch.randn(2, 9, 8, device=device, requires_grad=True)
-    kept, count, wanted = steps_and_gradients(ssm, u, half)
+    kept, count, wanted = steps_and_gradients(ssm, u, half, monkeypatch)
     assert (kept, count) == (True, 1)
     monkeypatch.setattr(_recompute, "LEAST", 1)
-    kept, count, found = steps_and_gradients(ssm, u, half)
+    kept, count, found = steps_and_gradients(ssm, u, half, monkeypatch)
     assert (kept, count) == (False, 2)
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a, b)
-    kept, count, found = steps_and_gradients(ssm, u, half, checkpointed=True)
+    kept, count, found = steps_and_gradients(ssm, u, half, monkeypatch, checkpointed=True)
     assert (kept, count) == (False, 2)  # by the checkpoint alone
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a, b)
