@@ -75,7 +75,7 @@ class SeriesData(TaskData):
         missing: What a missing value does: "error" stops, "previous" reads the last value before it. Targets that are
             missing are never counted.
         season: Steps after which the series repeat, for the seasonal reference; None takes a day of hours or minutes, a
-            week of days, a year of months.
+            week of days, a year of months or quarters.
         marks: Give the model the time of each step, if there are dates and it reads them.
         batch_size: Windows a step and device.
         num_workers: Processes that cut windows; they are cut in memory, so that none is needed.
@@ -124,7 +124,7 @@ class SeriesData(TaskData):
 
     def load(self) -> Table:
         """The columns asked for."""
-        table = find_table(self.root)
+        table = find_table(self.root, self.columns)
         return table if self.columns is None else table.columns(self.columns)
 
     @property
@@ -265,14 +265,16 @@ def mark_rows(dates: np.ndarray | None, rows: int) -> np.ndarray:
 
 
 def season_of(dates: np.ndarray | None) -> int:
-    """Steps of a day, of a week if steps are days, of a year if they are months; 1 where no such season is known."""
+    """Steps of a day, of a week if steps are days, of a year if they are months or quarters; 1 where none is known."""
     if dates is None or len(dates) < 3:
         return 1
     gap = int(np.median(np.diff(dates).astype(np.int64)))
     day = 86_400
     if 0 < gap < day and day % gap == 0:
         return day // gap
-    return 7 if gap == day else 12 if 28 * day <= gap <= 31 * day else 1
+    if gap == day:
+        return 7
+    return next((12 // months for months in (1, 3) if 28 * months * day <= gap <= 31 * months * day), 1)
 
 
 def fill_forward(x: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-_DATE_NAMES = ("date", "datetime", "datetime_gmt", "ds", "month", "period", "time", "timestamp")
+_DATE_NAMES = ("date", "datetime", "datetime_gmt", "ds", "month", "period", "quarter", "time", "timestamp")
 _DATE = re.compile(
     r"\s*(\d{4})[-/.](\d{1,2})(?:[-/.](\d{1,2}))?(?:[ T](\d{1,2}):(\d{2})(?::(\d{2})(?:\.\d+)?)?)?(?:Z|\+00:?00)?\s*"
 )
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_NAMED = re.compile(rf"\s*(\d{{4}})[- ]?(?:Q([1-4])|({'|'.join(_MONTHS)})[a-z]*)\s*", re.IGNORECASE)
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
 
 
@@ -40,8 +42,7 @@ class Table:
         Raises:
             ValueError: a column that is not there.
         """
-        if missing := [name for name in names if name not in self.names]:
-            raise ValueError(f"{self.source} has no column {missing[0]!r}; it has {', '.join(self.names[:12])}")
+        _check_columns(self.source, self.names, names)
         return Table(list(names), self.values[:, [self.names.index(n) for n in names]], self.dates, self.source)
 
 
@@ -67,47 +68,101 @@ class Labelled:
         return self.series[0].shape[1]
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, columns: Sequence[str] | None = None, besides: Sequence[str] | None = None) -> Table:
     """Read a CSV file with a header: a column of dates, if there is one, and columns of numbers.
 
-    The dates are the column called "date", "time" or alike, else the first column if it holds dates. Lines that start
-    with `#` are left out. Empty cells, "NA", "nan" and "?" are missing.
+    The dates are the column called "date", "time" or alike, else the first column if it holds dates; they must not
+    fall. Lines that start with `#` are left out, and so is a first column without a name that counts the rows. Empty
+    cells, "NA", "nan" and "?" are missing.
 
     Args:
         path: File.
+        columns: Which columns to read, so that others may hold anything; None reads all.
+        besides: Names, in lower case, of columns that are read as well where the file has them.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no rows, or a cell that is neither number, date nor missing; the message names it.
+        ValueError: no header or no rows, a column that is not there or is there twice, dates that fall, or a cell that
+            is neither number, date nor missing; the message names it.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(line for line in file if not line.startswith("#")) if row]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(line for line in file if not line.startswith("#")) if row]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}, byte {error.start}); save it as UTF-8") from None
     if len(rows) < 2:
         raise ValueError(f"{path} has no rows below its header")
     header, body = [name.strip() for name in rows[0]], rows[1:]
+    _check_header(header, path)
     for number, row in enumerate(body, start=2):
         if len(row) != len(header):
             raise ValueError(f"{path}, row {number}: {len(row)} cells for {len(header)} columns")
     at = _date_column(header, body[0])
     dates = None if at is None else _dates([row[at] for row in body], path, header[at])
-    kept = [i for i in range(len(header)) if i != at]
+    kept = [i for i in range(len(header)) if i != at and not (i == 0 and not header[0] and _counts(body))]
     if not kept:
         raise ValueError(f"{path} has no column of numbers")
+    if columns is not None:
+        _check_columns(str(path), [header[i] for i in kept], columns)
+        kept = [i for i in kept if header[i] in columns or header[i].lower() in (besides or ())]
     try:
         values = np.array([[row[i] for i in kept] for row in body], dtype=np.float64)
     except ValueError:  # missing cells, or cells that are no numbers
         values = np.array([[_number(row[i], path, n, header[i]) for i in kept] for n, row in enumerate(body, start=2)])
+    if np.isinf(values).any():
+        row, column = np.argwhere(np.isinf(values))[0]
+        raise ValueError(f"{path}, row {row + 2}: the value in column {header[kept[column]]!r} is infinite")
     return Table([header[i] for i in kept], values, dates, str(path))
+
+
+def _check_columns(source: str, names: Sequence[str], wanted: Sequence[str]) -> None:
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(f"{source} has no column {missing[0]!r}; it has {', '.join(names[:12])}")
+
+
+def _check_header(header: Sequence[str], path: Path) -> None:
+    """Names, each of them once; a first row of numbers is none, but 0, 1, 2 and so on are."""
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"{path} has {header.count(twice[0])} columns {twice[0]!r}; a name for each is needed")
+    counted = [[str(i + start) for i in range(len(header))] for start in (0, 1)]
+    if all(_is_number(name) or _date_parts(name) for name in header) and list(header) not in counted:
+        raise ValueError(f"{path} has no header: its first row is {', '.join(header[:4])}; put names above the numbers")
+    if len(header) == 1 and (separator := next((mark for mark in ";\t|" if mark in header[0]), None)):
+        raise ValueError(f"{path} has {separator!r} between its columns; it needs commas")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _counts(body: Sequence[Sequence[str]]) -> bool:
+    """Whether the first column numbers the rows, as tables often do that were written by a program."""
+    first = body[0][0]
+    return first.isdigit() and all(row[0] == str(n) for n, row in enumerate(body, start=int(first)))
 
 
 def _date_column(header: Sequence[str], first: Sequence[str]) -> int | None:
     named = [i for i, name in enumerate(header) if name.lower() in _DATE_NAMES]
     if named:
         return named[0]
-    return 0 if _DATE.fullmatch(first[0]) else None
+    return 0 if _date_parts(first[0]) else None
+
+
+def _date_parts(text: str) -> list[int] | None:
+    """Year, month, day, hour, minute and second; None if the text is no date."""
+    if found := _DATE.fullmatch(text):
+        return [int(part or default) for part, default in zip(found.groups(), (1, 1, 1, 0, 0, 0), strict=True)]
+    if found := _NAMED.fullmatch(text):
+        month = 3 * int(found[2]) - 2 if found[2] else _MONTHS.index(found[3].lower()) + 1
+        return [int(found[1]), month, 1, 0, 0, 0]
+    return None
 
 
 def _number(text: str, path: Path, row: int, column: str) -> float:
@@ -123,18 +178,22 @@ def _number(text: str, path: Path, row: int, column: str) -> float:
 
 
 def _dates(texts: Sequence[str], path: Path, column: str) -> np.ndarray:
-    parts = np.ones((len(texts), 6), dtype=np.int64)
-    parts[:, 3:] = 0
+    parts = np.empty((len(texts), 6), dtype=np.int64)
     for i, text in enumerate(texts):
-        found = _DATE.fullmatch(text)
+        found = _date_parts(text)
         if found is None:
             raise ValueError(f"{path}, row {i + 2}: {text!r} in column {column!r} is no date such as 2016-07-01 00:00")
-        for j, part in enumerate(found.groups()):
-            if part is not None:
-                parts[i, j] = int(part)
+        parts[i] = found
     months = ((parts[:, 0] - 1970) * 12 + parts[:, 1] - 1).astype("datetime64[M]")
     seconds = (parts[:, 2] - 1) * 86_400 + parts[:, 3] * 3600 + parts[:, 4] * 60 + parts[:, 5]
-    return months.astype("datetime64[s]") + seconds.astype("timedelta64[s]")
+    dates = months.astype("datetime64[s]") + seconds.astype("timedelta64[s]")
+    falls = np.flatnonzero(np.diff(dates).astype(np.int64) < 0)
+    if len(falls):
+        raise ValueError(
+            f"{path}, row {falls[0] + 3}: {texts[falls[0] + 1]!r} comes after {texts[falls[0]]!r}; sort the rows by "
+            f"{column!r}, the oldest first"
+        )
+    return dates
 
 
 def time_marks(dates: np.ndarray) -> np.ndarray:
@@ -194,7 +253,9 @@ def read_ts(path: str | Path) -> Labelled:
                 started = True
             elif key == "@problemname" and rest:
                 found.name = rest[0]
-            elif key in ("@classlabel", "@targetlabel") and rest:
+            elif key == "@targetlabel" and rest and rest[0].lower() == "true":
+                raise ValueError(f"{path} gives a number for each series (@targetLabel true), and no class")
+            elif key == "@classlabel" and rest:
                 labelled = rest[0].lower() == "true"
                 found.classes = rest[1:] if labelled else []
             elif key == "@timestamps" and rest and rest[0].lower() == "true":
@@ -243,9 +304,14 @@ def sktime_folder(name: str) -> Path:
     return folder / name
 
 
-def find_table(root: str) -> Table:
+def find_table(root: str, columns: Sequence[str] | None = None, besides: Sequence[str] | None = None) -> Table:
     """The table that `root` stands for: "eeg", 10 seconds of 4 electrodes that come with Matplotlib; "sktime:NAME", a
     table that comes with sktime, such as "sktime:Airline"; or a CSV file.
+
+    Args:
+        root: See above.
+        columns: See `read_table`, of files.
+        besides: Likewise.
 
     Raises:
         FileNotFoundError: no such file.
@@ -262,5 +328,5 @@ def find_table(root: str) -> Table:
         files = sorted(folder.glob("*.csv"))
         if not files:
             raise ValueError(f"{root} is no table of series; classify it: --task series-classification")
-        return read_table(files[0])
-    return read_table(root)
+        return read_table(files[0], columns, besides)
+    return read_table(root, columns, besides)

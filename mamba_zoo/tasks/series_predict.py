@@ -35,7 +35,7 @@ def read_for(model: Any, source: Path) -> tuple[Table, Tensor, Tensor, Tensor]:
     Raises:
         ValueError: columns that are missing, or fewer rows than a window.
     """
-    table = find_table(str(source)).columns(model.columns)
+    table = find_table(str(source), model.columns).columns(model.columns)
     if len(table.values) < model.seq_len:
         raise ValueError(f"{source} has {len(table.values)} rows, but the model reads {model.seq_len}")
     target = model.scaled(torch.from_numpy(table.values)).float()

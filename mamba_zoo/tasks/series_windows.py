@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .series_data import SeriesData, Windows
-from .series_files import Table
+from .series_files import Table, find_table
 
 _LABEL_NAMES = ("label", "labels", "anomaly", "is_anomaly")
 
@@ -95,10 +95,9 @@ class WatchedData(WindowData):
 
     def load(self) -> Table:
         """The columns asked for; the labels apart."""
-        columns, self.columns = self.columns, None
-        table, self.columns = super().load(), columns
-        kept, self.labels = without_labels(table, self.label_column)
-        return kept if columns is None else kept.columns(columns)
+        labels = _LABEL_NAMES if self.label_column is None else (self.label_column.lower(),)
+        kept, self.labels = without_labels(find_table(self.root, self.columns, labels), self.label_column)
+        return kept if self.columns is None else kept.columns(self.columns)
 
     def parts(self) -> dict[str, Dataset]:
         """Windows with their labels, NaN where there are none."""

@@ -47,6 +47,7 @@ def test_reads_ts_files_with_gaps_channels_and_several_lengths(tmp_path):
         ("4,5,6:up", "4,x,6:up", "line 10: could not convert"),
         ("@timeStamps false", "@timeStamps true", "time of every value"),
         ("@data\n", "", "expected a header line"),
+        ("@classLabel true up down", "@targetLabel true", "a number for each series"),
     ],
 )
 def test_says_which_line_of_a_ts_file_is_wrong(tmp_path, old, new, message):

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -74,6 +75,8 @@ def predict(run: Path, data: Path, out: Path, *flags: str) -> list[dict[str, str
         (["1990/1/1 0:00", "1990/1/2 0:00"], 86_400),
         (["2021-05-01 00:00:00+00:00", "2021-05-01T00:30:00Z"], 1800),
         (["1949-01", "1949-02"], 31 * 86_400),
+        (["1991 Jul", "1991 August"], 31 * 86_400),
+        (["1970 Q1", "1970-Q2"], 90 * 86_400),
     ],
 )
 def test_reads_dates_as_they_are_written(tmp_path, dates, step):
@@ -94,12 +97,34 @@ def test_reads_dates_as_they_are_written(tmp_path, dates, step):
         ("date,x\n2020-01-01,1\nyesterday,2\n", "'yesterday' in column 'date' is no date"),
         ("x,y\n1,2\n3\n", "row 3: 1 cells for 2 columns"),
         ("x\n", "no rows below its header"),
+        ("2020-01-01,0.5,1\n2020-01-02,1,2\n", "has no header: its first row is 2020-01-01, 0.5, 1"),
+        ("7,8\n1,2\n", "has no header: its first row is 7, 8"),
+        ("x;y\n1;2\n", "';' between its columns; it needs commas"),
+        ("x,x\n1,2\n", "2 columns 'x'; a name for each"),
+        ("date,x\n2020-01-02,1\n2020-01-01,2\n", "row 3: '2020-01-01' comes after '2020-01-02'; sort the rows"),
+        ("x,y\n1,2\n3,-inf\n", "row 3: the value in column 'y' is infinite"),
     ],
 )
 def test_says_which_cell_of_a_table_is_wrong(tmp_path, text, message):
     path = tmp_path / "t.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
+        read_table(path)
+
+
+def test_reads_the_columns_that_are_asked_for_whatever_the_others_hold(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(",place,0,Label\n1821,inside,1,0\n1822,outside,2,1\n")
+    with pytest.raises(ValueError, match="'inside' in column 'place' is no number; leave the column out with columns="):
+        read_table(path)
+    assert read_table(path, ["0"]).values.tolist() == [[1], [2]]
+    assert read_table(path, ["0"], ["label"]).names == ["0", "Label"]
+    with pytest.raises(ValueError, match="no column 'x'; it has place, 0"):
+        read_table(path, ["x"])
+    path.write_text(",0,1\n0,5,6\n1,7,8\n")  # as pandas writes it: the first column numbers the rows
+    assert read_table(path).values.tolist() == [[5, 6], [7, 8]]
+    path.write_bytes("größe\n1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="save it as UTF-8"):
         read_table(path)
 
 
@@ -110,6 +135,9 @@ def test_marks_and_later_dates():
     months = np.array(["2019-11-01", "2019-12-01", "2020-01-01"], dtype="datetime64[s]")
     assert [str(d)[:7] for d in later_dates(months, 2)] == ["2020-02", "2020-03"]
     assert season_of(months) == 12
+    quarters = np.array(["2019-07", "2019-10", "2020-01", "2020-04"], dtype="datetime64[M]").astype("datetime64[s]")
+    assert [str(d)[:7] for d in later_dates(quarters, 2)] == ["2020-07", "2020-10"]
+    assert season_of(quarters) == 4
     hours = np.datetime64("2020-01-01T22:00:00") + np.arange(3).astype("timedelta64[h]")
     assert str(later_dates(hours.astype("datetime64[s]"), 1)[0]) == "2020-01-02T01:00:00"
     assert season_of(hours.astype("datetime64[s]")) == 24
@@ -469,6 +497,23 @@ def test_bundled_data_need_nothing_else():
     assert find_table("eeg").values.shape == (800, 4)
     train, test = read_parts("digits")
     assert (len(train.series), len(test.series), train.channels) == (1450, 347, 8)
+
+
+def test_data_of_sktime_are_read_as_they_come():
+    if importlib.util.find_spec("sktime") is None:
+        pytest.skip("sktime is not installed")
+    train, test = read_parts("sktime:JapaneseVowels")
+    assert (len(train.series), len(test.series), train.channels, len(train.classes)) == (270, 370, 12, 9)
+    assert {len(one) for one in train.series} == set(range(7, 27))
+    train, test = read_parts("sktime:BasicMotions")
+    assert (len(train.series), len(test.series), train.channels, train.series[0].shape) == (40, 40, 6, (100, 6))
+    tables = {"Airline": (["Passengers"], 144), "Lynx": (["0"], None), "PBS_dataset": (["Scripts"], 204)}
+    for name, (columns, dates) in tables.items():
+        table = find_table(f"sktime:{name}")
+        assert table.names == columns
+        assert (None if table.dates is None else len(table.dates)) == dates
+    with pytest.raises(ValueError, match="is no table of series; classify it"):
+        find_table("sktime:GunPoint")
 
 
 def test_data_of_sktime_say_how_to_get_them(monkeypatch):
