@@ -10,6 +10,8 @@ from typing import Any
 from .registry import DEFAULT, find_task
 
 RUNS = Path("runs")
+# Arguments of tasks that hold further arguments of the one model that a recipe names.
+_OF_ONE_MODEL = ("net", "options")
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -44,6 +46,7 @@ def plan(argv: Sequence[str]) -> tuple[str, list[str], Path | None]:
     if not configs:
         root = _take(args, "--data.root")[1]
         configs = [CONFIGS / f"{find_task(task).recipe(root)}.yaml"]
+        args = _for_its_own_model(configs[0], args)
     return task, [*(f"--config={config}" for config in configs), *args], resume
 
 
@@ -66,6 +69,16 @@ def _task_in(path: Path) -> str | None:
     except (yaml.YAMLError, UnicodeDecodeError):
         return None
     return values.get("task") if isinstance(values, dict) else None
+
+
+def _for_its_own_model(recipe: Path, args: Sequence[str]) -> list[str]:
+    """The arguments; where they name another model than a recipe that the user did not ask for, its options are off."""
+    import yaml
+
+    model = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("model", {})
+    if _take(args, "--model.name")[1] in (None, model.get("name")):
+        return list(args)
+    return [*(f"--model.{key}=null" for key in _OF_ONE_MODEL if key in model), *args]
 
 
 def _take(args: Sequence[str], flag: str) -> tuple[list[str], str | None]:
