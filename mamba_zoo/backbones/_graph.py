@@ -238,7 +238,11 @@ class GraphModel(nn.Module):
         return self.head(x, pre_logits)
 
     def forward(self, data: Any) -> Tensor:
-        """PyG `Data` or `Batch` to logits: `(graphs | nodes | pairs, num_classes)`."""
+        """PyG `Data` or `Batch` to logits: `(graphs | nodes | pairs, num_classes)`.
+
+        Raises:
+            ValueError: data that do not fit the model, or without any node; a graph of a batch may have none.
+        """
         return self.forward_head(self.forward_features(data), data)
 
     def _run(self, layer: Callable[..., Any], *inputs: Any) -> Any:

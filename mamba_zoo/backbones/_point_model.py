@@ -80,7 +80,7 @@ class PatchEncoder(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Points relative to their centre `(b, g, k, 3)` to tokens `(b, g, dim)`."""
         b, g, k, _ = patches.shape
-        x = self.first(patches.reshape(-1, 3)).view(b * g, k, 256)
+        x = self.first(patches.reshape(-1, 3).to(self.first[0].weight.dtype)).view(b * g, k, 256)  # type: ignore[arg-type]
         # The layer on [whole patch, point] as two products: the part for the patch is the same for its k points.
         layer: Any = self.second[0]
         whole, each = layer.weight.split(256, dim=1)
@@ -94,6 +94,10 @@ class PositionEmbed(nn.Sequential):
     def __init__(self, dim: int, act_layer: type[nn.Module] = nn.GELU, device=None, dtype=None):
         dd: Any = {"device": device, "dtype": dtype}
         super().__init__(nn.Linear(3, 128, **dd), act_layer(), nn.Linear(128, dim, **dd))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(b, g, 3)` of any dtype to `(b, g, dim)`."""
+        return super().forward(input.to(self[0].weight.dtype))  # type: ignore[arg-type]
 
 
 class PointHead(nn.Module):
@@ -212,7 +216,7 @@ class PointBackbone(Backbone, PublishedForm):
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless `x` is clouds `(b, n, 3)`."""
-        if x.dim() != 3 or x.shape[-1] != 3:
+        if x.dim() != 3 or x.shape[-1] != 3 or not len(x):
             raise ValueError(
                 f"a cloud must be (b, n, 3), points by coordinates, not {tuple(x.shape)}; further features of a point "
                 "go into `features=`, if the model has any"
@@ -241,6 +245,30 @@ def resolve_point_scan(scan: PointScanLike) -> tuple[str, int]:
         return scan, 0
     spec = cloud_spec(scan)
     return spec, directions(spec)
+
+
+def told_shapes(shape: Tensor | None, clouds: int, num_shapes: int) -> Tensor | None:
+    """Labels of shapes as rows `(b, num_shapes)` of zeros and a one; None for a model that is told none.
+
+    Args:
+        shape: `(b,)` integers.
+        clouds: How many clouds there are, b.
+        num_shapes: Labels that there are; 0 for none.
+
+    Raises:
+        ValueError: labels that are missing, of another shape or out of range, or given to a model that is not told any.
+    """
+    wanted = f"a label (b,) below {num_shapes}" if num_shapes else "no label"
+    if shape is None and not num_shapes:
+        return None
+    if shape is None or not num_shapes:
+        raise ValueError(f"this model takes {wanted} of every cloud's shape, but shape={shape!r}")
+    if shape.shape != (clouds,) or shape.is_floating_point():
+        raise ValueError(f"shape must be {clouds} integers (b,), not {shape.dtype} {tuple(shape.shape)}")
+    # On a GPU, the look would wait for the device.
+    if not shape.is_cuda and not shape.is_meta and not 0 <= int(shape.min()) <= int(shape.max()) < num_shapes:
+        raise ValueError(f"shape holds {int(shape.min())} to {int(shape.max())}; this model takes {wanted}")
+    return nn.functional.one_hot(shape.long(), num_shapes)
 
 
 def mixer_keys(mixer: str) -> list[Key]:

@@ -120,6 +120,8 @@ class NodeEncoder(nn.Module):
     def forward(self, data: Any) -> Tensor:
         """Nodes of PyG data to `(n, dim)`."""
         (x,) = read_nodes(data, ["x"], "give node features, or PyG's transform Constant or OneHotDegree")
+        if not len(x):
+            raise ValueError("the data have no nodes; graphs of a batch may be empty, but not all of them")
         if isinstance(self.x, nn.Linear):
             if x.dim() != 2 or x.shape[1] != self.in_chans:
                 raise ValueError(f"x has shape {tuple(x.shape)}, but the model was made for in_chans={self.in_chans}")

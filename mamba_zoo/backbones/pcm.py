@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from timm.layers.drop import calculate_drop_path_rates
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
@@ -17,7 +16,15 @@ from torch import Tensor, nn
 from ..scans._cloud import PointScanLike, cloud_order, cloud_spec, rows_of, with_option
 from ._keys import Key, rename
 from ._pcm_layers import PCMStage, PointLinear, ResidualPoints
-from ._point_model import PointBackbone, PointHead, build_point_model, mark_published, mixer_keys, pointwise
+from ._point_model import (
+    PointBackbone,
+    PointHead,
+    build_point_model,
+    mark_published,
+    mixer_keys,
+    pointwise,
+    told_shapes,
+)
 from ._point_windows import PointStream, place_in_window, whole_windows
 from ._points import interpolate_points, take_points
 from ._register import Card, register
@@ -284,9 +291,8 @@ class PCMParts(PCM):
         Raises:
             ValueError: the label of the shape is missing, or given to a model that is not told any.
         """
-        if (shape is None) == bool(self.num_shapes):
-            wanted = f"a label (b,) below {self.num_shapes}" if self.num_shapes else "no label"
-            raise ValueError(f"this model takes {wanted} of every cloud's shape, but shape={shape!r}")
+        self.check(x)
+        label = told_shapes(shape, len(x), self.num_shapes)
         points, tokens = self.pyramid(x, features)
         points, tokens = points[::-1], tokens[::-1]
         y = tokens[0]
@@ -294,8 +300,8 @@ class PCMParts(PCM):
             y = layer(torch.cat([tokens[i + 1], interpolate_points(points[i + 1], points[i], y)], dim=-1))
         seen = [layer(level).amax(1) for layer, level in zip(self.context, tokens, strict=True)]
         told = [self.context_end(torch.cat(seen, dim=-1))]
-        if shape is not None and self.shape_embed is not None:
-            told.append(self.shape_embed(F.one_hot(shape, self.num_shapes).to(y.dtype)))
+        if label is not None and self.shape_embed is not None:
+            told.append(self.shape_embed(label.to(y.dtype)))
         y = torch.cat([y, torch.cat(told, dim=-1)[:, None].expand(-1, y.shape[1], -1)], dim=-1)
         whole = torch.cat([y.amax(1), y.mean(1)], dim=-1)
         return torch.cat([y, whole[:, None].expand(-1, y.shape[1], -1)], dim=-1)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..scans._cloud import PointScanLike
 from ._block import LayerNorm
 from ._keys import Key, rename
-from ._point_model import PointHead, build_point_model, mark_published, pointwise, run_blocks
+from ._point_model import PointHead, build_point_model, mark_published, pointwise, run_blocks, told_shapes
 from ._points import interpolate_points
 from ._register import Card, register
 from .pointmamba import KEYS, PointMamba
@@ -185,13 +184,11 @@ class PointMambaV1Parts(PointMambaV1):
         Raises:
             ValueError: the label is missing, or given to a model that is not told any.
         """
+        label = told_shapes(shape, len(x), self.num_shapes)
         features = self.forward_features(x)
-        if (shape is None) != (self.shape_embed is None):
-            wanted = f"a label (b,) below {self.num_shapes}" if self.num_shapes else "no label"
-            raise ValueError(f"this model takes {wanted} of every cloud's shape, but shape={shape!r}")
-        if shape is not None and self.shape_embed is not None:
-            label = self.shape_embed(F.one_hot(shape, self.num_shapes).to(features.dtype))
-            features = torch.cat([features, label[:, None].expand(-1, x.shape[1], -1)], dim=-1)
+        if label is not None and self.shape_embed is not None:
+            told = self.shape_embed(label.to(features.dtype))
+            features = torch.cat([features, told[:, None].expand(-1, x.shape[1], -1)], dim=-1)
         return self.head(features)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

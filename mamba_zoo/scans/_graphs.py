@@ -39,7 +39,8 @@ class Graphs:
         if ptr.dim() != 1 or len(ptr) < 2:
             raise ValueError(f"ptr must be (g + 1,) boundaries of graphs, not {tuple(ptr.shape)}")
         if edges.shape[1] and (int(edges.min()) < 0 or int(edges.max()) >= self.num_nodes):
-            raise ValueError(f"edge_index holds node {int(edges.max())}, but there are {self.num_nodes} nodes")
+            odd = int(edges.min()) if int(edges.min()) < 0 else int(edges.max())
+            raise ValueError(f"edge_index holds node {odd}, but there are {self.num_nodes} nodes, counted from 0")
 
     @classmethod
     def of(cls, data: Any, noise: Tensor | None = None) -> Graphs:

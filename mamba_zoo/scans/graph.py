@@ -22,7 +22,7 @@ from torch import Tensor
 from ._graphs import Graphs, grid_graph, hashed, uniform
 from ._registry import ScanLike, as_spec, register_sample_order, sample_scan
 from ._sample import GRID_SAMPLES, Samples
-from .core import Scan
+from .core import Scan, uncompiled
 
 __all__ = ["Graphs", "graph_order", "graph_orders", "graph_scan", "order_key", "register_graph_order", "sort_nodes"]
 
@@ -71,8 +71,15 @@ def graph_scan(scan: ScanLike, graphs: Graphs) -> Scan:
     return sample_scan(as_spec(scan), Samples("graph", graphs, graphs.lengths))
 
 
+@uncompiled
 def graph_order(scan: ScanLike, graphs: Graphs) -> Tensor:
-    """`graph_scan(scan, graphs).order`, `(k, n)` int64, on the device of the edges: goes into the op as it is."""
+    """`graph_scan(scan, graphs).order`, `(k, n)` int64, on the device of the edges: goes into the op as it is.
+
+    Raises:
+        ValueError: as `graph_scan` does, or graphs without any node.
+    """
+    if not graphs.num_nodes:
+        raise ValueError("graphs without any node have no order; leave them out")
     return graph_scan(scan, graphs).order.to(graphs.edge_index.device)
 
 
@@ -148,7 +155,7 @@ def pagerank(graphs: Graphs, damping: float = 0.85) -> np.ndarray:
 
     source, target = graphs.edge_index.cpu().numpy()
     n, batch = graphs.num_nodes, graphs.graph_numpy
-    sizes = np.asarray(graphs.lengths)
+    sizes = np.maximum(graphs.lengths, 1)
     out = np.bincount(source, minlength=n)
     walk = csr_array((1 / out[source], (target, source)), shape=(n, n))
     rank = 1 / sizes[batch]

@@ -35,7 +35,7 @@ def point_order(scan: PointScanLike, xyz: Tensor, cu_seqlens: Tensor | None = No
         clouds are visited one after the other. Both go into `kernels.selective_scan` as they are.
 
     Raises:
-        ValueError: an unknown scan, or points of another shape.
+        ValueError: an unknown scan, points of another shape, or none at all.
 
     Example:
         >>> cloud = torch.tensor([[[0.3, 0.0, 0.0], [0.1, 0.0, 0.0], [0.2, 0.0, 0.0]]])
@@ -48,9 +48,11 @@ def point_order(scan: PointScanLike, xyz: Tensor, cu_seqlens: Tensor | None = No
             raise ValueError(
                 f"xyz must be (b, n, 3), not {tuple(xyz.shape)}; for packed clouds give cu_seqlens as well"
             )
+        _some(xyz)
         return cloud_order(spec, xyz)
     if xyz.dim() != 2 or xyz.shape[-1] != 3:
         raise ValueError(f"with cu_seqlens, xyz must be (l, 3), not {tuple(xyz.shape)}")
+    _some(xyz)
     parts = [(start, end) for start, end in pairwise(cu_seqlens.tolist()) if end > start]
     orders = [cloud_order(spec, xyz[None, start:end])[0] + start for start, end in parts]
     return torch.cat(orders, dim=-1)
@@ -292,6 +294,11 @@ def cts_code(grid: Tensor, axes: str, published: bool = False) -> Tensor:
     return (third * side + turned) * side + along
 
 
+def _some(xyz: Tensor) -> None:
+    if not xyz.numel():
+        raise ValueError(f"xyz {tuple(xyz.shape)} holds no points; leave empty clouds out")
+
+
 def _cells(xyz: Tensor, cell: float | None, depth: int | None) -> tuple[Tensor, Tensor]:
     """Cells `(b, n, 3)` counted from each cloud's corner, and the bits per axis that each cloud needs, `(b,)`."""
     xyz = xyz.detach().float()
@@ -308,10 +315,15 @@ def _cells(xyz: Tensor, cell: float | None, depth: int | None) -> tuple[Tensor, 
     widest = grid.amax(dim=(1, 2))
     powers = 2 ** torch.arange(_DEEPEST + 1, device=xyz.device)
     needed = (widest[:, None] >= powers).sum(1)  # bit length
+    extent = (xyz.amax(1) - xyz.amin(1)).amax(1) / cell  # counts where cells overflow, and is NaN where points are
+    needed = torch.where(extent < 2.0 ** (_DEEPEST + 1), needed, _DEEPEST + 1)
     most = _DEEPEST if depth is None else depth
     if not grid.is_meta and int(needed.max()) > most:
+        if not bool(xyz.isfinite().all()):
+            raise ValueError("points have coordinates that are not finite, and therefore no order; leave them out")
         raise ValueError(
-            f"a cloud is {int(widest.max()) + 1} cells of side {cell} wide, more than depth={most} has (2**{most}); "
+            f"a cloud is {float(extent.max()):.3g} cells of side {cell} wide, more than "
+            f"depth={most} has (2**{most}); "
             "give a larger cell, or cell=None"
         )
     return grid, needed if depth is None else torch.full_like(needed, depth)

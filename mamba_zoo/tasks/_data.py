@@ -63,6 +63,10 @@ class TaskData(LightningDataModule):
         """Rows for the summary of a run; `unit` is the plural of one item, such as "images"."""
         return [(unit, ", ".join(f"{len(self.split(name)):,} {name}" for name in ("train", "val", "test")))]
 
+    def count(self, data: Dataset) -> int:
+        """Items of a part, in the unit that `mamba-zoo test` tells."""
+        return len(data)  # type: ignore[arg-type]
+
     def scored(self, model: Any, split: Split, other: bool) -> Dataset:
         """The part that `mamba-zoo test` scores.
 

@@ -164,6 +164,10 @@ def _of_library(kind: str, name: str, download_dir: str) -> list[Any]:
             dataset = makers[kind](str(root))
         except AssertionError:
             raise ValueError(f"{kind}:{name} is no data set of PyG's {kind}; check the name") from None
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{kind}:{name} needs the package {error.name}: pip install {error.name}"
+            ) from error
         except OSError as error:
             raise FileNotFoundError(
                 f"{kind}:{name} is not in {folder}, and cannot be downloaded ({error}); check the name, or put its "

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mamba_zoo
 
 from ..backbones._identify import blueprint
+from ..backbones._point_model import told_shapes
 from ..backbones._points import furthest_points, nearest_points, take_points
 
 BASELINES = ("dgcnn", "pointnet2")
@@ -79,10 +79,8 @@ class _Baseline(nn.Module):
         whole = torch.cat([wide.amax(1), wide.mean(1)], dim=-1)
         if self.num_shapes is None:
             return self.head(whole)
-        if shape is None:
-            raise ValueError("a label (b,) of every cloud's shape is needed for its parts")
-        label = F.one_hot(shape, self.num_shapes).to(x.dtype)
-        joint = torch.cat([x, torch.cat([whole, label], dim=-1)[:, None].expand(-1, n, -1)], dim=-1)
+        label: Any = told_shapes(shape, b, self.num_shapes)
+        joint = torch.cat([x, torch.cat([whole, label.to(x.dtype)], dim=-1)[:, None].expand(-1, n, -1)], dim=-1)
         return self.head(joint.flatten(0, 1)).view(b, n, -1)
 
 

@@ -38,7 +38,7 @@ def test_main(argv: Sequence[str]) -> int:
     with quiet():
         loader = data.loader(items, args.batch_size, args.num_workers)
         scores = quiet_trainer(args.device).test(model, loader, verbose=False)[0]
-    count = len(items)  # type: ignore[arg-type]
+    count = data.count(items)
     metrics = {key.partition("/")[2]: value for key, value in scores.items()} | {model.unit: count}
     out = args.out or _run_folder(args.checkpoint)
     write_atomically(out / "test.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))

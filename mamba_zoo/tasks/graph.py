@@ -310,5 +310,5 @@ def batches_of(graphs: list[Any], size: int) -> list[Any]:
 
 def _write(args: argparse.Namespace, items: Any, probabilities: Tensor, names: list[str], unit: str) -> str:
     out = Path(args.out or "predictions.csv")
-    write_classes(out, [str(i) for i in items], probabilities.detach(), names)
+    write_classes(out, [str(i) for i in items], probabilities.detach(), names, column=unit.removesuffix("s"))
     return f"{len(probabilities):,} {unit} -> {out}"

@@ -227,6 +227,12 @@ class GraphData(GraphSource):
     def _drawn(self) -> dict[str, np.ndarray]:
         from sklearn.model_selection import StratifiedKFold, train_test_split
 
+        if len(self.graphs) < 3:
+            raise ValueError(
+                f"{self.root} holds {len(self.graphs)} graph{'s' * (len(self.graphs) > 1)}, too few to train, validate "
+                "and test on; for the nodes or edges of one graph take --task node-classification, node-regression, "
+                "edge-classification or edge-regression"
+            )
         everything: Any = np.arange(len(self.graphs))
         classes = self.labels[:, 0] if self.labels.dtype.kind == "i" else None
         if classes is not None and np.bincount(classes).min() < 20:
@@ -366,6 +372,10 @@ class NodeData(GraphSource):
         """Rows for the summary of a run."""
         counts = ", ".join(f"{len(self.split(part)[0][1]):,} {part}" for part in ("train", "val", "test"))
         return [("graph", f"{self.graph.num_nodes:,} nodes, {self.graph.num_edges:,} edges"), (unit, counts)]
+
+    def count(self, data: Dataset) -> int:
+        """Nodes, pairs or edges that are scored, not graphs."""
+        return sum(len(item[1]) for item in data)
 
     def loader(self, data: Dataset, batch_size: int, num_workers: int, **options: Any) -> DataLoader:
         """The items as they are, one a batch."""

@@ -60,7 +60,10 @@ def predict_parts(model: PartSegmenter, args: argparse.Namespace) -> str:
         x = torch.from_numpy(to_unit_sphere(cloud.points[shuffle]))[None].to(device)
         with torch.no_grad():
             part = np.empty(len(cloud), dtype=np.int64)
-            part[shuffle] = model.label(x, torch.tensor([label], device=device))[0].cpu().numpy()
+            try:
+                part[shuffle] = model.label(x, torch.tensor([label], device=device))[0].cpu().numpy()
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
         part -= sum(map(len, model.part_names[:label]))
         names = model.part_names[label]
         stem = out / (path.stem if args.data.is_file() else path.relative_to(args.data).with_suffix(""))

@@ -301,6 +301,16 @@ def test_data_that_do_not_fit_are_refused():
         small("default", edges="linear", edge_chans=2)(item)
     with pytest.raises(ValueError, match="edge_label_index"):
         small("default", level="edge")(item)
+    for kind in KINDS:
+        with pytest.raises(ValueError, match=r"no nodes|without any node"):
+            small(kind)(Data(x=torch.zeros(0, 16), edge_index=torch.zeros(2, 0, dtype=torch.long)))
+    atoms: Any = mamba_zoo.create_model("graph_mamba_peptides_func", pe="none").eval()
+    molecule = Data(x=torch.full((2, 9), 2), edge_index=torch.tensor([[0], [1]]), edge_attr=torch.tensor([[0, 7, 1]]))
+    with pytest.raises(ValueError, match="integer feature 7 holds 2 to 2, but must be below 2"):
+        atoms(molecule)
+    molecule.x[:, 7:] = 1
+    with pytest.raises(ValueError, match="integer feature 1 holds 7 to 7, but must be below 6"):
+        atoms(molecule)
     item.x, item.num_nodes = None, 4
     with pytest.raises(ValueError, match="OneHotDegree"):
         small("default")(item)

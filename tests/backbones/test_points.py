@@ -212,8 +212,23 @@ def test_wrong_inputs_say_what_to_do():
         build("pointmamba_v1_parts", num_shapes=4)(clouds())
     with pytest.raises(ValueError, match=r"features must be \(2, 48, 7\)"):
         build("pcm", in_chans=7)(clouds())
-    parts = build("pcm_parts", num_shapes=4)
-    assert parts(clouds(), torch.tensor([0, 3])).shape == (2, 48, 5)
+    for row in ("pcm_parts", "pointmamba_v1_parts"):
+        parts = build(row, num_shapes=4)
+        assert parts(clouds(), torch.tensor([0, 3])).shape == (2, 48, 5)
+        for label, message in {
+            (0, 4): "shape holds 0 to 4",
+            (1,): r"must be 2 integers",
+            (0.0, 1.0): "float32",
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                parts(clouds(), torch.tensor(label))
+        with pytest.raises(ValueError, match="takes no label"):
+            build(row, num_shapes=0)(clouds(), torch.tensor([0, 1]))
+
+
+def test_coordinates_of_any_dtype_are_taken(small):
+    x = clouds().double()
+    torch.testing.assert_close(small(x).float(), small(x.float()), rtol=1e-4, atol=1e-5)
 
 
 def test_pretraining_starts_the_classifier(tmp_path):

@@ -181,6 +181,15 @@ def test_what_cannot_be_ordered_is_refused(spec, match):
         graph_order(spec, single(networkx.path_graph(5)))
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_graph_without_nodes_is_passed_over_but_not_all_of_them(spec):
+    path = single(networkx.path_graph(3))
+    order = graph_order(spec, Graphs(path.edge_index, torch.tensor([0, 0, 3, 3])))
+    assert torch.equal(order, graph_order(spec, path))
+    with pytest.raises(ValueError, match="without any node"):
+        graph_order(spec, Graphs(path.edge_index[:, :0], torch.tensor([0, 0])))
+
+
 def test_samples_of_another_modality_are_refused():
     with pytest.raises(ValueError, match="orders samples of graph, not of cloud"):
         sample_scan("degree", Samples("cloud", None, (3,)))
@@ -215,6 +224,8 @@ def test_graphs_are_read_from_what_tells_the_number_of_nodes():
         Graphs.of(Data())
     with pytest.raises(ValueError, match="holds node 5"):
         Graphs(torch.tensor([[0], [5]]), torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="holds node -1, but there are 2 nodes, counted from 0"):
+        Graphs(torch.tensor([[0], [-1]]), torch.tensor([0, 2]))
 
 
 def test_keys_of_prepared_orders_join_as_indices():

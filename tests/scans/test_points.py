@@ -109,6 +109,19 @@ def test_specs():
         point_order("sort_x", x[0])
 
 
+def test_clouds_that_have_no_order_are_refused():
+    x = clouds()
+    with pytest.raises(ValueError, match=r"xyz \(3, 0, 3\) holds no points"):
+        point_order("sort_x", x[:, :0])
+    with pytest.raises(ValueError, match="holds no points"):
+        point_order("hilbert", x[0, :0], torch.tensor([0, 0]))
+    x[1, 4, 2] = torch.nan
+    with pytest.raises(ValueError, match="coordinates that are not finite"):
+        point_order("hilbert", x)
+    with pytest.raises(ValueError, match="give a larger cell"):
+        point_order("zcurve", clouds() * 1e30)
+
+
 def test_own_orders():
     x = clouds()
     assert torch.equal(point_order(by_distance, x)[:, 0], by_distance(x))

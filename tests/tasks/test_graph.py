@@ -95,6 +95,15 @@ def test_sources_that_do_not_exist_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="moleculenet:Water is no data set"):
         read_graphs("moleculenet:Water", str(tmp_path))
 
+    def without(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'rdkit'", name="rdkit")
+
+    monkeypatch.setattr("torch_geometric.datasets.MoleculeNet", without)
+    with pytest.raises(ModuleNotFoundError, match="moleculenet:ESOL needs the package rdkit: pip install rdkit"):
+        read_graphs("moleculenet:ESOL", str(tmp_path))
+    with pytest.raises(ValueError, match=r"karate-ties holds 1 graph, too few .* node-regression"):
+        TargetData("karate-ties").setup()
+
 
 def test_digits_are_graphs_of_their_ink():
     data = read_graphs("digits", "data")
@@ -159,10 +168,21 @@ def test_the_command_line_trains_tests_and_predicts_nodes(tmp_path, monkeypatch,
     assert main([*fit, "--trainer.accelerator", "cpu", "--model.scan", "both_ways(bfs)"]) == 0
     assert main(["test", "--checkpoint", "run", "--device", "cpu"]) == 0
     assert main(["predict", "--checkpoint", "run", "--data", "karate", "--device", "cpu", "--out", "p.csv"]) == 0
-    assert "34 nodes" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "graph_mamba: 20 nodes" in told, "what the test scores are nodes, not graphs"
+    assert "34 nodes" in told
     found = rows(tmp_path / "p.csv")
     assert len(found) == 34
-    assert set(found[0]) >= {"predicted", "probability"}
+    assert set(found[0]) >= {"node", "predicted", "probability"}
+
+
+@pytest.mark.parametrize("name", ["gcn", "gmn"])
+def test_another_model_does_not_take_the_options_of_the_default_recipe(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # the recipe of karate has options that these two do not take
+    fit = ["fit", "--task", "node-classification", "--model.name", name, "--trainer.accelerator", "cpu"]
+    assert main([*fit, "--trainer.max_epochs", "1", "--data.steps_per_epoch", "1"]) == 0
+    assert main([*fit, "--config", "graph_karate"]) != 0
+    assert "takes no argument 'norm'" in capsys.readouterr().err
 
 
 def test_data_that_were_tested_first_can_be_trained_on(tmp_path):

@@ -266,6 +266,9 @@ def test_parts_are_learned_and_drawn(bundle, folder, tmp_path):
     trained: Any = load_task(tmp_path / "run" / "last.ckpt")
     with pytest.raises(ValueError, match="is no class of this model; say which it is: --shape"):
         trained.predict_files(argparse.Namespace(data=folder / "rod", out=tmp_path, shape="cube", device="cpu"))
+    np.save(tmp_path / "few.npy", np.eye(3))
+    with pytest.raises(ValueError, match=r"few\.npy: 12 points are to be chosen from clouds of 3"):
+        trained.predict_files(argparse.Namespace(data=tmp_path / "few.npy", out=tmp_path, shape="rod", device="cpu"))
     some = folder / "rod" / "0.npz"
     args = argparse.Namespace(data=some, out=tmp_path / "out", shape=None, device="cpu")
     trained.predict_files(args)
