@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels._order import trust_order
 from ._names import Book, ScanEntry, parse, sample_entry
+from .core import uncompiled
 
 PointScanLike: TypeAlias = "str | Callable[..., Tensor]"
 
@@ -68,6 +69,7 @@ def cloud_spec(scan: PointScanLike) -> str:
     return POINTS.name_of(scan, lambda: sample_entry(scan, "points"))
 
 
+@uncompiled
 def cloud_order(spec: str, xyz: Tensor) -> Tensor:
     """The table `(b, k, n)` of a spec from `cloud_spec`, for points `(b, n, 3)`."""
     return _resolve(parse(spec), spec)(xyz)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from matplotlib.figure import Figure
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,3 +175,8 @@ def _check_values(table: np.ndarray, length: int, label: str) -> None:
                 f"{label}: direction {direction} visits token {int(counts.argmax())} twice; "
                 "each direction may visit a token once"
             )
+
+
+def uncompiled(function: Function) -> Function:
+    """`function`, which torch.compile calls as it is: orders that follow from data, made by NumPy and SciPy."""
+    return cast(Function, torch.compiler.disable(function))
