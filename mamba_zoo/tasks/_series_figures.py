@@ -116,14 +116,14 @@ def plot_filled(known: np.ndarray, filled: np.ndarray, names: Sequence[str], pat
 
 
 def plot_anomalies(
-    values: np.ndarray, scores: np.ndarray, threshold: float, names: Sequence[str], path: Path, labels: Any = None
+    values: np.ndarray, scores: np.ndarray, limits: np.ndarray, names: Sequence[str], path: Path, labels: Any = None
 ) -> None:
     """Series above, the score of every step with its threshold below; alarms and, if known, true anomalies marked.
 
     Args:
         values: `(l, v)`.
         scores: `(l,)`, NaN where there is none.
-        threshold: Above it is an alarm.
+        limits: `(l,)`; a score above is an alarm.
         names: Of the series.
         path: Of the PNG.
         labels: `(l,)` of 0 and 1, or None.
@@ -131,7 +131,7 @@ def plot_anomalies(
     rows = min(len(names), _MOST_COLUMNS - 1)
     figure, axes = _grid(rows + 1, 1, 9.0, 1.6)
     steps = np.arange(len(scores))
-    alarms = scores > threshold
+    alarms = scores > limits
     for row in range(rows):
         ax = axes[row][0]
         ax.plot(values[:, row], color=_TRUTH, lw=0.8)
@@ -139,7 +139,7 @@ def plot_anomalies(
         ax.set_ylabel(names[row], fontsize=8)
     below = axes[-1][0]
     below.plot(scores, color=_MODEL, lw=0.8)
-    below.axhline(threshold, color=_ALARM, lw=0.9, ls="--", label="threshold")
+    below.plot(limits, color=_ALARM, lw=0.9, ls="--", label="threshold")
     below.set_yscale("log")
     below.set_ylabel("score", fontsize=8)
     below.set_xlabel("step", fontsize=8)

@@ -21,9 +21,11 @@ class AnomalyDetector(Imputer):
     """A model trained to find hidden steps; its error at a step is that step's score, and above a threshold an alarm.
 
     Each step is scored when it is hidden: every window is read `turns` times, each time with other runs of `gap_length`
-    steps hidden from all series at once. The threshold is the quantile of the validation scores that leaves
-    `alarm_rate` of them above it. If the table says which steps are anomalies, the test says how well the scores tell
-    them apart.
+    steps hidden from all series at once. Windows overlap by half, and a step has the score of the window that it is
+    furthest inside of, as models know less at the ends of a window. The threshold is the quantile of the validation
+    scores that leaves `alarm_rate` of them above it; the first and the last `gap_length` steps of a table, which are
+    found from one side only, have a threshold of their own, from the ends of the validation windows. If the table says
+    which steps are anomalies, the test says how well the scores tell them apart.
 
     Args:
         name: As in `mamba_zoo.list_models(modality="series")`.
@@ -69,6 +71,7 @@ class AnomalyDetector(Imputer):
         "f1": "F1 at the threshold",
     }
     threshold: Tensor
+    end_threshold: Tensor
 
     def __init__(
         self,
@@ -101,6 +104,8 @@ class AnomalyDetector(Imputer):
     ) -> None:
         if turns < 2 or not 0 < alarm_rate < 1:
             raise ValueError(f"turns={turns} must be at least 2, and alarm_rate={alarm_rate} between 0 and 1")
+        if 2 * gap_length >= seq_len:
+            raise ValueError(f"gap_length={gap_length} must be less than half of seq_len={seq_len}")
         super().__init__(
             name, scan, net, in_chans, seq_len, 1 / turns, gap_length, True, loss, schedule, patience, keep_best, opt,
             lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze, columns, mean, deviation,
@@ -108,7 +113,8 @@ class AnomalyDetector(Imputer):
         )  # fmt: skip
         self.save_hyperparameters()
         self.turns, self.alarm_rate = turns, alarm_rate
-        self.register_buffer("threshold", torch.tensor(float("nan")))
+        for name in ("threshold", "end_threshold"):
+            self.register_buffer(name, torch.tensor(float("nan")))
         self._scored: list[tuple[Tensor, ...]] = []
 
     def scores(self, batch: Any) -> Tensor:
@@ -127,33 +133,46 @@ class AnomalyDetector(Imputer):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Scores of one batch."""
-        self._scored.append((self.scores(batch),))
+        self._scored.append((self.scores(batch), batch[3]))
 
     def on_validation_epoch_end(self) -> None:
         """The threshold of the epoch, and its mean score."""
-        values = torch.cat([scores for (scores,) in self._scored])
-        steps = values.nanmean(-1).flatten()
-        steps = self._gathered(steps)
-        steps = steps[~steps.isnan()]
-        # torch.quantile takes no more than 16 million values.
-        at = min(int(len(steps) * (1 - self.alarm_rate)), len(steps) - 1)
-        self.threshold.copy_(steps.sort().values[at])
-        found = {"mse": steps.mean(), "mae": self._gathered(values.flatten()).sqrt().nanmean()}
+        scores, starts = (self._gathered(torch.cat(part)) for part in zip(*self._scored, strict=True))
+        values, ends = self._laid(scores, starts), self.gap_length
+        steps = values.nanmean(-1)
+        self.threshold.copy_(self._quantile(steps[ends:-ends]))
+        self.end_threshold.copy_(self._quantile(torch.cat([scores[:, :ends], scores[:, -ends:]]).nanmean(-1)))
+        found = {"mse": steps.nanmean(), "mae": values.sqrt().nanmean()}
         self.log_dict({f"val/{key}": value for key, value in found.items()})
         self.note_score(float(found["mse"]))
 
+    def _quantile(self, scores: Tensor) -> Tensor:
+        """What leaves `alarm_rate` of the scores above it; NaN if there are none."""
+        known = scores[~scores.isnan()].flatten().sort().values
+        if not len(known):
+            return scores.new_tensor(float("nan"))
+        # torch.quantile takes no more than 16 million values.
+        return known[min(int(len(known) * (1 - self.alarm_rate)), len(known) - 1)]
+
+    def limits(self, rows: int) -> np.ndarray:
+        """Threshold of each step of a table, `(rows,)`."""
+        limits = np.full(rows, float(self.threshold))
+        limits[: self.gap_length] = limits[-self.gap_length :] = float(self.end_threshold)
+        return limits
+
     def note_score(self, score: float) -> None:
-        """Keep the threshold with the best weights."""
+        """Keep the thresholds with the best weights."""
         before = self._best["score"]
         super().note_score(score)
         if self._best["score"] < before:
-            self._best["threshold"] = float(self.threshold)
+            self._best["thresholds"] = [float(self.threshold), float(self.end_threshold)]
 
     def on_train_end(self) -> None:
-        """Go back to the weights and the threshold of the best epoch."""
+        """Go back to the weights and the thresholds of the best epoch."""
         super().on_train_end()
         if self._best["state"]:
-            self.threshold.fill_(self._best["threshold"])
+            for buffer, value in zip((self.threshold, self.end_threshold), self._best["thresholds"], strict=True):
+                buffer.fill_(value)
 
     def on_test_epoch_start(self) -> None:
         """Forget an earlier test."""
@@ -166,45 +185,47 @@ class AnomalyDetector(Imputer):
 
     def on_test_epoch_end(self) -> None:
         """How high the scores are and, where the truth is known, how well they tell it."""
-        scores, _, labels = self.tested()
+        errors, _, labels = self.tested()
+        scores = errors.nanmean(-1)
         known = ~scores.isnan()
-        threshold = float(self.threshold)
-        alarms = scores[known] > threshold
-        errors = torch.cat([part[0] for part in self._scored]).flatten()
+        alarms = (scores > torch.from_numpy(self.limits(len(scores))))[known]
         found = {
             "mse": float(scores[known].mean()),
             "mae": float(errors.sqrt().nanmean()),
-            "threshold": threshold,
+            "threshold": float(self.threshold),
             "alarms": float(alarms.float().mean()),
         }
         truth = labels[known]
         if not truth.isnan().any() and 0 < truth.sum() < len(truth):
-            found |= detection_scores(scores[known].numpy(), truth.numpy() > 0, threshold)
+            found |= detection_scores(scores[known].numpy(), truth.numpy() > 0, alarms.numpy())
         self.log_dict({f"test/{key}": value for key, value in found.items()})
 
     def tested(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Score `(steps,)`, values `(steps, v)` in the units of the table and label `(steps,)` of the tested steps."""
+        """Scores and values in the units of the table, `(steps, v)` each, and labels `(steps,)` of the tested steps."""
+        scores, values, starts, labels = (torch.cat(part) for part in zip(*self._scored, strict=True))
+        one, two, three = (self._laid(part.double(), starts) for part in (scores, values, labels))
+        return one, two, three
+
+    def _laid(self, parts: Tensor, starts: Tensor) -> Tensor:
+        """What windows `(windows, seq_len, ...)` from these rows on say of each row from the first to the last."""
         from .series_windows import laid_together
 
-        scores, values, starts, labels = (torch.cat(part) for part in zip(*self._scored, strict=True))
         first = int(starts.min())
-        rows = int(starts.max()) + self.seq_len - first
-        parts = (scores.nanmean(-1), values, labels)
-        one, two, three = (laid_together(rows, starts - first, part.double()) for part in parts)
-        return one, two, three
+        return laid_together(int(starts.max()) + self.seq_len - first, starts - first, parts)
 
     def write_test_artifacts(self, out: Path) -> list[str]:
         """The score of every step, as CSV and as a picture."""
         from ._series_figures import plot_anomalies
 
-        scores, values, labels = (part.numpy() for part in self.tested())
-        threshold, known = float(self.threshold), not np.isnan(labels).any()
+        errors, *rest = self.tested()
+        scores, values, labels = (part.numpy() for part in (errors.nanmean(-1), *rest))
+        limits, known = self.limits(len(scores)), not np.isnan(labels).any()
         rows = []
         for i, (score, label) in enumerate(zip(scores, labels, strict=True)):
-            row = {"step": i, "score": f"{score:.6g}", "alarm": int(score > threshold)}
+            row = {"step": i, "score": f"{score:.6g}", "alarm": int(score > limits[i])}
             rows.append({**row, "label": int(label)} if known else row)
         write_csv(out / "scores.csv", rows)
-        plot_anomalies(values, scores, threshold, self.columns, out / "scores.png", labels if known else None)
+        plot_anomalies(values, scores, limits, self.columns, out / "scores.png", labels if known else None)
         return ["scores.csv", "scores.png"]
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -218,20 +239,19 @@ class AnomalyDetector(Imputer):
         return scores_csv(self, args)
 
     def _gathered(self, x: Tensor) -> Tensor:
-        return self.all_gather(x).flatten() if self.trainer.world_size > 1 else x  # type: ignore[union-attr]
+        return self.all_gather(x).flatten(0, 1) if self.trainer.world_size > 1 else x  # type: ignore[union-attr]
 
 
-def detection_scores(scores: np.ndarray, truth: np.ndarray, threshold: float) -> dict[str, float]:
+def detection_scores(scores: np.ndarray, truth: np.ndarray, alarms: np.ndarray) -> dict[str, float]:
     """How well scores tell anomalies apart, step by step; nothing is credited to the steps around an anomaly.
 
     Args:
         scores: `(n,)`.
         truth: `(n,)`, of both kinds.
-        threshold: Above it is an alarm.
+        alarms: `(n,)`, of scores above their thresholds.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    alarms = scores > threshold
     right = float((alarms & truth).sum())
     precision, recall = right / max(float(alarms.sum()), 1.0), right / float(truth.sum())
     return {

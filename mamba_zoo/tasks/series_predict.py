@@ -14,7 +14,7 @@ from torch import Tensor
 from .running import write_csv
 from .series_data import Windows, fill_forward, mark_rows
 from .series_files import Table, find_table, later_dates
-from .series_windows import laid_together, side_by_side
+from .series_windows import laid_together, overlapping
 
 if TYPE_CHECKING:
     from .anomaly import AnomalyDetector
@@ -195,20 +195,20 @@ def scores_csv(model: AnomalyDetector, args: argparse.Namespace) -> str:
 
     out = args.out or Path("predictions.csv")
     table, found = _over_table(model, args)
-    scores, threshold = found.numpy(), float(model.threshold)
+    scores, limits = found.numpy(), model.limits(len(found))
     rows = [
         {
             **({"step": i} if table.dates is None else {"date": str(table.dates[i])}),
             "score": f"{score:.6g}",
-            "threshold": f"{threshold:.6g}",
-            "alarm": int(score > threshold),
+            "threshold": f"{limits[i]:.6g}",
+            "alarm": int(score > limits[i]),
             **_cells(table.names, table.values[i]),
         }
         for i, score in enumerate(scores)
     ]
     write_csv(out, rows)
-    plot_anomalies(table.values, scores, threshold, table.names, out.with_suffix(".png"))
-    alarms = int((scores > threshold).sum())
+    plot_anomalies(table.values, scores, limits, table.names, out.with_suffix(".png"))
+    alarms = int((scores > limits).sum())
     return f"{alarms:,} alarms in {len(rows):,} steps -> {out}, {out.with_suffix('.png')}"
 
 
@@ -218,7 +218,7 @@ def _over_table(model: Any, args: argparse.Namespace) -> tuple[Table, Tensor]:
     table, values, target, marks = read_for(model, args.data)
     device = device_for(args.device)
     model = model.to(device)
-    starts = side_by_side(len(values), model.seq_len)
+    starts = overlapping(len(values), model.seq_len)
     data = Windows(values, target, marks, starts, model.seq_len, 0)
     parts = torch.cat([model.predict_step(batch, 0).cpu() for batch in batches(data, args.batch_size, device)])
     model.to("cpu")

@@ -60,6 +60,8 @@ class WindowData(SeriesData):
 class WatchedData(WindowData):
     """The same, beside the true anomalies if the table has them: a column of 0 and 1.
 
+    Windows for validation and test overlap by half, so that what a step is found from lies on both of its sides.
+
     Args:
         root: See `SeriesData`, as for all that follow.
         seq_len: Steps of a window.
@@ -98,6 +100,10 @@ class WatchedData(WindowData):
         labels = _LABEL_NAMES if self.label_column is None else (self.label_column.lower(),)
         kept, self.labels = without_labels(find_table(self.root, self.columns, labels), self.label_column)
         return kept if self.columns is None else kept.columns(self.columns)
+
+    def starts(self, name: str, low: int, high: int) -> Tensor:
+        """First rows of the windows of a part, whose rows are from `low` to `high`."""
+        return super().starts(name, low, high) if name == "train" else low + overlapping(high - low, self.seq_len)
 
     def parts(self) -> dict[str, Dataset]:
         """Windows with their labels, NaN where there are none."""
@@ -141,16 +147,32 @@ class _Labelled(Dataset):
         return *batch, self.labels[batch[-1]]
 
 
-def side_by_side(rows: int, length: int) -> Tensor:
-    """First rows of windows that together cover all rows; the last one ends at the last row and may overlap."""
-    starts = torch.arange(0, rows - length + 1, length)
-    return starts if (rows - length) % length == 0 else torch.cat([starts, torch.tensor([rows - length])])
+def side_by_side(rows: int, length: int, step: int | None = None) -> Tensor:
+    """First rows of windows that together cover all rows, `step` rows apart; None is their length.
+
+    The last one ends at the last row.
+    """
+    step = step or length
+    starts = torch.arange(0, rows - length + 1, step)
+    return starts if (rows - length) % step == 0 else torch.cat([starts, torch.tensor([rows - length])])
+
+
+def overlapping(rows: int, length: int) -> Tensor:
+    """The same, half a window apart, so that every row but the first and last is well inside of one."""
+    return side_by_side(rows, length, max(1, length // 2))
 
 
 def laid_together(rows: int, starts: Tensor, parts: Tensor) -> Tensor:
-    """What windows `(windows, length, ...)` say of each row `(rows, ...)`: their mean where they overlap, else NaN."""
-    index = (starts[:, None] + torch.arange(parts.shape[1])).flatten()
-    flat = parts.flatten(0, 1)
+    """What windows `(windows, length, ...)` say of each row `(rows, ...)`: the one that it is furthest inside of.
+
+    The mean of those that it is as far inside of; NaN where there is none.
+    """
+    place = torch.arange(parts.shape[1], device=parts.device)
+    index = (starts[:, None] + place).flatten()
+    inside = torch.minimum(place, place.flip(0)).repeat(len(starts))
+    most = torch.full((rows,), -1, device=parts.device).scatter_reduce(0, index, inside, "amax")
+    chosen = inside == most[index]
+    index, flat = index[chosen], parts.flatten(0, 1)[chosen]
     total = flat.new_zeros(rows, *flat.shape[1:]).index_add(0, index, flat)
-    count = flat.new_zeros(rows).index_add(0, index, torch.ones(len(index), dtype=flat.dtype))
+    count = flat.new_zeros(rows).index_add(0, index, torch.ones_like(index, dtype=flat.dtype))
     return total / count.view(-1, *[1] * (flat.dim() - 1))

@@ -16,11 +16,12 @@ from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import evaluate, load_task, train_once
 from mamba_zoo.tasks._gaps import interpolate, random_gaps, turn_gaps
 from mamba_zoo.tasks._series_loss import known_error, spectral_error, step_weights, without_frequencies
+from mamba_zoo.tasks.anomaly import AnomalyDetector
 from mamba_zoo.tasks.labelled_series import read_parts
 from mamba_zoo.tasks.series_data import SeriesData, fill_forward, season_of, split_rows
 from mamba_zoo.tasks.series_files import find_table, later_dates, read_table, time_marks
 from mamba_zoo.tasks.series_predict import spread_of
-from mamba_zoo.tasks.series_windows import WatchedData, WindowData, laid_together, side_by_side
+from mamba_zoo.tasks.series_windows import WatchedData, WindowData, laid_together, overlapping, side_by_side
 
 ETTH1 = Path(os.environ.get("MAMBA_ZOO_DATA", "data")) / "timeseries" / "ett" / "ETT-small" / "ETTh1.csv"
 
@@ -443,12 +444,18 @@ def test_gaps_cover_what_they_should_and_lines_close_them():
             np.testing.assert_allclose(closed[b, :, v], want, atol=1e-5)
 
 
-def test_windows_side_by_side_cover_every_row():
-    for rows, length in [(10, 5), (11, 5), (5, 5)]:
-        starts = side_by_side(rows, length)
-        parts = torch.arange(rows).float()[starts[:, None] + torch.arange(length)]
-        assert laid_together(rows, starts, parts).tolist() == list(range(rows))
+def test_windows_cover_every_row_and_the_one_around_it_is_heard():
+    for cut in (side_by_side, overlapping):
+        for rows, length in [(10, 5), (11, 5), (5, 5), (33, 8), (3, 2)]:
+            starts = cut(rows, length)
+            parts = torch.arange(rows).float()[starts[:, None] + torch.arange(length)]
+            assert laid_together(rows, starts, parts).tolist() == list(range(rows))
     assert laid_together(4, torch.tensor([0]), torch.ones(1, 2)).isnan().tolist() == [False, False, True, True]
+    # What windows say of their ends is heard at the ends of the table alone.
+    starts = overlapping(32, 8)
+    parts = torch.zeros(len(starts), 8)
+    parts[:, [0, 1, 6, 7]] = 1.0
+    assert laid_together(32, starts, parts).nonzero().flatten().tolist() == [0, 1, 30, 31]
 
 
 def test_an_imputer_beats_straight_lines_and_fills_a_table(table, tmp_path):
@@ -485,7 +492,9 @@ def test_anomalies_score_higher_than_the_rest(tmp_path):
     assert result["test"]["auroc"] > 0.95
     assert result["test"]["recall"] == 1.0
     model: Any = load_task(tmp_path / "run")
-    assert float(model.threshold) > 0
+    assert 0 < float(model.threshold) < float(model.end_threshold)
+    limits = model.limits(400)
+    assert np.flatnonzero(limits != limits[200]).tolist() == [0, 1, 2, 3, 396, 397, 398, 399]
     rows = predict(tmp_path / "run", table, tmp_path / "scores.csv")
     assert len(rows) == 400
     highest = sorted(range(400), key=lambda i: -float(rows[i]["score"]))[:3]
@@ -494,6 +503,11 @@ def test_anomalies_score_higher_than_the_rest(tmp_path):
     score(tmp_path / "run")
     assert len(rows_of(tmp_path / "run" / "scores.csv")) == 80
     assert (tmp_path / "run" / "scores.png").stat().st_size > 5000
+
+
+def test_steps_are_found_from_both_sides():
+    with pytest.raises(ValueError, match="gap_length=8 must be less than half of seq_len=16"):
+        AnomalyDetector(seq_len=16, gap_length=8)
 
 
 def test_labels_must_be_zero_or_one(tmp_path):
