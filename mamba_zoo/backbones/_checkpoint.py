@@ -88,8 +88,8 @@ def build_with_weights(
         pretrained_cfg: As for timm.
         pretrained_cfg_overlay: As for timm; `{"file": path}` loads that file.
         cache_dir: Folder for downloads.
-        kwargs: Arguments of `model_cls` and of timm's builder. `mixer` is one of any model's: "mamba2" or "mamba3" take
-            the place of its selective scans; see `_exchange.exchange`.
+        kwargs: Arguments of `model_cls` and of timm's builder. `mixer` is one of any model's: "mamba2", "mamba3" or
+            "mamba3_mimo" take the place of its selective scans; see `_exchange.exchange`.
 
     Returns: The model, or timm's feature wrapper around it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -10,7 +11,11 @@ from ._mamba2 import DualSSM
 from ._mamba3 import TrapezoidSSM
 from ._ssm import SelectiveSSM
 
-LAYERS: dict[str, Callable[..., nn.Module]] = {"mamba2": DualSSM, "mamba3": TrapezoidSSM}
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "mamba2": DualSSM,
+    "mamba3": TrapezoidSSM,
+    "mamba3_mimo": partial(TrapezoidSSM, rank=4),
+}
 MIXERS = ("mamba", *LAYERS)
 
 
@@ -22,7 +27,8 @@ def exchange(model: nn.Module, mixer: str, name: str = "this model") -> None:
 
     Args:
         model: On any device.
-        mixer: "mamba" changes nothing; "mamba2" is the state-space dual, "mamba3" the trapezoidal rule.
+        mixer: "mamba" changes nothing; "mamba2" is the state-space dual, "mamba3" the trapezoidal rule, "mamba3_mimo"
+            that with four inputs and outputs a head.
         name: Of the model, for the error.
 
     Raises:

@@ -66,9 +66,8 @@ class _Maps(nn.Module):
         )
         D = self.D.expand(k, -1)
         angle = angle.tanh() * math.pi
-        return trapezoid(
-            x, dt, rate.clamp(max=_SLOWEST), trap.sigmoid(), angle, B, C, D, halves=self.rank is not None, **options
-        )
+        halves = self.rank is not None and B.shape[-1] % 2 == 0
+        return trapezoid(x, dt, rate.clamp(max=_SLOWEST), trap.sigmoid(), angle, B, C, D, halves=halves, **options)
 
     def init_state(self, batch: int, k: int, channels: int) -> Memory:
         """The memory before the first token, of heads of `channels`: float32 at least, and zero."""
@@ -87,8 +86,9 @@ class _Maps(nn.Module):
 class TrapezoidSSM(nn.Module):
     """What `SelectiveSSM` is, with the recurrence of Mamba-3; it stands in for one of the same width, see `mixer=`.
 
-    `x_proj.weight (k, 3h + r + 2n, d)` gives step, rate and weight of each head, r angles, B and C, in this order; the
-    other parameters but `dt_bias` and `D (k, h)` are shared by the directions.
+    `x_proj.weight (k, 3h + r + 2sn, d)` gives step, rate and weight of each head, r angles, B and C, in this order; the
+    other parameters but `dt_bias` and `D (k, h)` are shared by the directions. s is 1, or with a `rank` that: then
+    `mimo_x` and `mimo_o (h, rank, p)` are as in `Mamba3`, and the gate, which may be elsewhere, is one for all outputs.
 
     Args:
         dim: Channels d.
@@ -96,9 +96,13 @@ class TrapezoidSSM(nn.Module):
         k: Directions. One set of parameters (k = 1) serves any number of directions.
         head_dim: Channels p of a head; None is the largest divisor of `dim` up to 64.
         rope_fraction: Part of the states that rotate.
+        rank: Inputs and outputs of a head; None is one of each, without weights for it.
         device: Of the parameters.
         dtype: Of the parameters.
     """
+
+    mimo_x: Tensor
+    mimo_o: Tensor
 
     def __init__(
         self,
@@ -107,14 +111,17 @@ class TrapezoidSSM(nn.Module):
         k: int = 1,
         head_dim: int | None = None,
         rope_fraction: float = 0.5,
+        rank: int | None = None,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd: Any = {"device": device, "dtype": dtype}
         self.d_state, self.heads = d_state, count_heads(dim, head_dim)
-        self.maps = _Maps(self.heads, d_state, rope_fraction, k, **dd)
-        self.x_proj = DirectionLinear(k, dim, 3 * self.heads + self.maps.pairs + 2 * d_state, **dd)
+        self.maps = _Maps(self.heads, d_state, rope_fraction, k, rank, **dd)
+        if rank is not None:
+            _add_ranks(self, ("mimo_x", "mimo_o"), (self.heads, rank, dim // self.heads), **dd)
+        self.x_proj = DirectionLinear(k, dim, 3 * self.heads + self.maps.pairs + 2 * (rank or 1) * d_state, **dd)
 
     @property
     def dt_bias(self) -> Tensor:
@@ -131,19 +138,17 @@ class TrapezoidSSM(nn.Module):
     ) -> Tensor:
         """Scan the tokens along every direction; arguments and result as for `SelectiveSSM`."""
         gated = z is not None
-        y = self.maps(*self._maps(u), order=order, cu_seqlens=cu_seqlens, reduce=None if gated else reduce).flatten(-2)
-        if z is not None:
-            gate = F.silu(z.to(y.dtype))
-            y = y * (gate if z.dim() == 4 else gate[:, :, None])
-            if reduce is not None:
-                y = y.sum(2) if reduce == "sum" else y.mean(2)
+        y = self.maps(*self._maps(u), order=order, cu_seqlens=cu_seqlens, reduce=None if gated else reduce)
+        y = self._gated(y, z)
+        if gated and reduce is not None:
+            y = y.sum(2) if reduce == "sum" else y.mean(2)
         return y
 
     def init_state(self, batch: int) -> Tensor:
-        """The memory before the first token of a stream, one tensor `(b, k, d, s)`: float32 at least, and zero.
+        """The memory before the first token of a stream, one tensor `(b, k, d, columns)`: float32 at least, and zero.
 
-        Of each head, its n states by p channels, its last token, and in as many columns as it takes, that token's input
-        map and the angles.
+        Of each head, its n states by p channels, the inputs of its last token, and in as many columns as it takes, the
+        maps of these and the angles.
         """
         k, width = self.maps.D.shape[0], self.x_proj.weight.shape[-1]
         return self._packed(self.maps.init_state(batch, k, width // self.heads))
@@ -151,11 +156,7 @@ class TrapezoidSSM(nn.Module):
     def extend(self, u: Tensor, state: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The next tokens of a stream; arguments and results as for `SelectiveSSM`, the state as from `init_state`."""
         y, memory = self.maps(*self._maps(u), memory=self._unpacked(state))
-        y = y.flatten(-2)
-        if z is not None:
-            gate = F.silu(z.to(y.dtype))
-            y = y * (gate if z.dim() == 4 else gate[:, :, None])
-        return y, self._packed(memory)
+        return self._gated(y, z), self._packed(memory)
 
     def step(self, u: Tensor, state: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`extend` for one token: `u` and `z` `(b, d)` or `(b, k, d)` to `(b, k, d)` and the new state."""
@@ -164,22 +165,38 @@ class TrapezoidSSM(nn.Module):
 
     def _maps(self, u: Tensor) -> tuple[Tensor, ...]:
         """What `maps` takes."""
-        sizes = [self.heads] * 3 + [self.maps.pairs, self.d_state, self.d_state]
-        dt, rate, trap, angle, B, C = self.x_proj(u).split(sizes, dim=-1)
+        rows = (self.maps.rank or 1) * self.d_state
+        dt, rate, trap, angle, B, C = self.x_proj(u).split([self.heads] * 3 + [self.maps.pairs, rows, rows], dim=-1)
         x = u.to(B.dtype).unflatten(-1, (self.heads, -1))
-        return x, dt, rate, trap, angle, B[:, :, :, None], C[:, :, :, None]
+        B, C = B[:, :, :, None], C[:, :, :, None]
+        if self.maps.rank is not None:
+            x = x[..., None, :] * self.mimo_x.to(x.dtype)
+            B, C = (t.unflatten(-1, (self.maps.rank, -1)) for t in (B, C))
+        return x, dt, rate, trap, angle, B, C
+
+    def _gated(self, y: Tensor, z: Tensor | None) -> Tensor:
+        """Outputs of heads `(b, l, k, h, p)`, or `(b, l, k, h, rank, p)`, to those of channels `(b, l, k, d)`."""
+        if self.maps.rank is not None:
+            exact = torch.promote_types(y.dtype, torch.float32)
+            y = (y.to(exact) * self.mimo_o.to(exact)).sum(-2).to(y.dtype)
+        y = y.flatten(-2)
+        if z is None:
+            return y
+        gate = F.silu(z.to(y.dtype))
+        return y * (gate if z.dim() == 4 else gate[:, :, None])
 
     def _packed(self, memory: Memory) -> Tensor:
         p = memory.x.shape[-1]
-        rest = torch.cat([memory.B[..., 0, :], memory.turns], -1)
+        rest = torch.cat([memory.B.flatten(-2), memory.turns], -1)
         rest = F.pad(rest, (0, -rest.shape[-1] % p)).unflatten(-1, (p, -1))
         return torch.cat([memory.scan, memory.x.transpose(-1, -2), rest], -1).flatten(2, 3)
 
     def _unpacked(self, state: Tensor) -> Memory:
+        n, inputs = self.d_state, self.maps.rank or 1
         state = state.unflatten(2, (self.heads, -1))
-        scan, x, rest = state.split([self.d_state, 1, state.shape[-1] - self.d_state - 1], -1)
-        B, turns = rest.flatten(-2)[..., : self.d_state + self.maps.pairs].split([self.d_state, self.maps.pairs], -1)
-        return Memory(scan, x.transpose(-1, -2), B.unsqueeze(-2), turns)
+        scan, x, rest = state.split([n, inputs, state.shape[-1] - n - inputs], -1)
+        B, turns = rest.flatten(-2)[..., : inputs * n + self.maps.pairs].split([inputs * n, self.maps.pairs], -1)
+        return Memory(scan, x.transpose(-1, -2), B.unflatten(-1, (inputs, n)), turns)
 
 
 class Mamba3(nn.Module):
@@ -238,8 +255,7 @@ class Mamba3(nn.Module):
             raise ValueError(f"rank={rank} must be 1 or more, with an even number of states, not d_state={d_state}")
         self.maps = _Maps(self.heads, d_state, rope_fraction, rank=rank, **dd)
         if rank is not None:
-            for name, start in (("mimo_x", 1 / rank), ("mimo_z", 1.0), ("mimo_o", 1 / rank)):
-                self.register_parameter(name, nn.Parameter(torch.full((self.heads, rank, head_dim), start, **dd)))
+            _add_ranks(self, ("mimo_x", "mimo_z", "mimo_o"), (self.heads, rank, head_dim), **dd)
         self.in_proj = nn.Linear(dim, sum(self._sizes()), bias=False, **dd)
         self.norm = nn.Parameter(torch.ones(self.inner, **dd)) if out_norm else None
         self.out_proj = nn.Linear(self.inner, dim, bias=False, **dd)
@@ -294,6 +310,13 @@ class Mamba3(nn.Module):
     def _sizes(self) -> list[int]:
         maps = self.groups * self.d_state * (self.maps.rank or 1)
         return [self.inner, self.inner, maps, maps, self.heads, self.heads, self.heads, self.maps.pairs]
+
+
+def _add_ranks(layer: nn.Module, names: tuple[str, ...], shape: tuple[int, int, int], **dd: Any) -> None:
+    """The weights `(h, rank, p)` between a head's channels and its several inputs, gates and outputs."""
+    for name in names:
+        start = 1.0 if name == "mimo_z" else 1 / shape[1]
+        layer.register_parameter(name, nn.Parameter(torch.full(shape, start, **dd)))
 
 
 # torch.fx takes these whole: they look at shapes and dtypes. Not as decorators, which would hide their types.

@@ -66,12 +66,12 @@ def test_every_family_with_a_selective_scan_is_here():
     assert {name.rsplit(".", 1)[-1] for name in families - known} == own
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "mamba3"])
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba3", "mamba3_mimo"])
 @pytest.mark.parametrize("row", FAMILIES)
 def test_trains_a_step_in_every_family(row, mixer):
     name, settings = FAMILIES[row]
     model: Any = mamba_zoo.create_model(name, **settings, mixer=mixer).train()
-    layer = {"mamba2": DualSSM, "mamba3": TrapezoidSSM}[mixer]
+    layer = DualSSM if mixer == "mamba2" else TrapezoidSSM
     inside = [module for module in model.modules() if isinstance(module, layer)]
     assert inside
     assert not any(isinstance(module, SelectiveSSM) for module in model.modules())
@@ -83,7 +83,7 @@ def test_trains_a_step_in_every_family(row, mixer):
     torch.manual_seed(0)
     before = loss(model(x))
     before.backward()
-    parameters = [p for module in inside for p in module.parameters()]
+    parameters: list[Any] = [p for module in inside for p in module.parameters()]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
     assert sum(p.grad.any() for p in parameters) >= len(parameters) // 2
     step.step()
@@ -99,7 +99,7 @@ def loss(output: Any) -> Tensor:
 
 
 def test_errors_say_what_can_be_had():
-    with pytest.raises(ValueError, match="mixer='lstm' is unknown; choose one of mamba, mamba2, mamba3"):
+    with pytest.raises(ValueError, match="mixer='lstm' is unknown; choose one of mamba, mamba2, mamba3, mamba3_mimo"):
         mamba_zoo.create_model("vim_mini", mixer="lstm")
     with pytest.raises(ValueError, match="mamba2 has no selective scan to exchange"):
         mamba_zoo.create_model("mamba2", mixer="mamba3")
@@ -251,6 +251,28 @@ def test_mamba3_with_several_inputs_is_its_recurrence(case):
     torch.testing.assert_close(y, wanted @ layer.out_proj.weight.T, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_several_inputs_in_the_place_of_a_scan(gated):
+    """One of them is what "mamba3" is, and of several it makes no difference which is called the first."""
+    u, z = torch.randn(2, 9, 8), torch.randn(2, 9, 8) if gated else None
+    order = torch.stack([torch.randperm(9) for _ in range(2)])
+    plain = TrapezoidSSM(8, 5, k=2, head_dim=4)
+    one = TrapezoidSSM(8, 5, k=2, head_dim=4, rank=1)
+    state = {name: value.view(one.state_dict()[name].shape) for name, value in plain.state_dict().items()}
+    one.load_state_dict({**state, "mimo_x": torch.ones(2, 1, 4), "mimo_o": torch.ones(2, 1, 4)})
+    torch.testing.assert_close(one(u, z, order, "sum"), plain(u, z, order, "sum"), rtol=1e-5, atol=1e-5)
+    several = TrapezoidSSM(8, 6, k=2, head_dim=4, rank=3)
+    with torch.no_grad():
+        for parameter in several.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        wanted = several(u, z, order)
+        maps = several.x_proj.weight[:, -2 * 3 * 6 :].unflatten(1, (2, 3, 6))
+        several.x_proj.weight[:, -2 * 3 * 6 :] = maps.flip(2).flatten(1, 3)
+        for weight in (several.mimo_x, several.mimo_o, several.maps.B_bias, several.maps.C_bias):
+            weight.copy_(weight.flip(1))
+        torch.testing.assert_close(several(u, z, order), wanted, rtol=1e-4, atol=1e-5)
+
+
 def turned_by_halves(maps: Tensor, turn: Tensor) -> Tensor:
     """States i and i + n / 2 as complex numbers, the first of them multiplied by e^(i turn)."""
     first, second = maps.chunk(2, -1)
@@ -267,6 +289,7 @@ STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba3 of rank 2": ("mamba3", {"dim": 16, "head_dim": 8, "d_state": 6, "rank": 2}),
     "sequence of mamba2": ("mamba_sequence", {"dim": 16, "depth": 2, "mixer": "mamba2"}),
     "sequence of mamba3": ("mamba_sequence", {"dim": 16, "depth": 2, "mixer": "mamba3"}),
+    "sequence of mamba3 of rank 4": ("mamba_sequence", {"dim": 16, "depth": 2, "mixer": "mamba3_mimo"}),
     "mamba": ("mamba_130m", {"dim": 16, "depth": 2, "vocab_size": 30, "d_state": 8}),
     "language of mamba2": ("mamba2_130m", {"dim": 32, "depth": 2, "vocab_size": 30, "d_state": 8}),
     "language of mamba3": ("mamba_130m", {"dim": 32, "depth": 2, "vocab_size": 30, "d_state": 8, "mixer": "mamba3"}),
@@ -382,7 +405,7 @@ def test_reduced_precision_training_stays_finite(mixer):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "mamba3"])
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba3", "mamba3_mimo"])
 def test_whole_models_in_bfloat16(mixer):
     """`model.bfloat16()` rounds decay rates and step biases once; the state and its path stay float32."""
     torch.manual_seed(0)
