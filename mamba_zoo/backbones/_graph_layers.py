@@ -150,17 +150,17 @@ class Sum(nn.Module):
         tables = [nn.Embedding(size, dim, device=device, dtype=dtype) for size in sizes]
         for table in tables:
             nn.init.xavier_uniform_(table.weight)
-        self.tables = nn.ModuleList(tables)
+        self.sizes, self.tables = tuple(sizes), nn.ModuleList(tables)
 
     def forward(self, x: Tensor) -> Tensor:
         """Integers `(n, features)` to `(n, dim)`."""
         if x.dim() != 2 or x.shape[1] != len(self.tables) or x.is_floating_point():
             raise ValueError(f"expected integers (n, {len(self.tables)}), not {x.dtype} {tuple(x.shape)}")
         if not x.is_cuda:  # there, the look would wait for the device
-            for i, (table, column) in enumerate(zip(self.tables, x.unbind(1), strict=True)):
-                if len(column) and not 0 <= int(column.min()) <= int(column.max()) < table.num_embeddings:
+            for i, (size, column) in enumerate(zip(self.sizes, x.unbind(1), strict=True)):
+                if len(column) and not 0 <= int(column.min()) <= int(column.max()) < size:
                     found = f"{int(column.min())} to {int(column.max())}"
-                    raise ValueError(f"integer feature {i} holds {found}, but must be below {table.num_embeddings}")
+                    raise ValueError(f"integer feature {i} holds {found}, but must be below {size}")
         parts = [table(column) for table, column in zip(self.tables, x.unbind(1), strict=True)]
         return torch.stack(parts).sum(0)
 

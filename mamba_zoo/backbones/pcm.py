@@ -153,13 +153,13 @@ class PCM(PointBackbone):
         """
         self.check(x)
         chans = self.in_chans - 3 if self.combine_xyz else self.in_chans
-        if features is None and chans == 3:
-            features = x
+        if features is None and chans in (0, 3):
+            features = x[..., :chans]
         if features is None or features.shape != (*x.shape[:2], chans):
             found = None if features is None else tuple(features.shape)
             raise ValueError(f"features must be {(*x.shape[:2], chans)} to go with clouds, not {found}")
         if self.combine_xyz:
-            features = torch.cat([features, x], dim=-1)
+            features = torch.cat([features, x], dim=-1) if chans else x
         points, tokens = [x], [self.embedding(features.to(self.embedding.proj.weight.dtype))]
         stream, layer = PointStream(points[0], tokens[0]), 0
         stages = cast("Sequence[PCMStage]", self.stages)

@@ -16,10 +16,16 @@ from ..backbones._point_model import told_shapes
 from ..backbones._points import furthest_points, nearest_points, take_points
 
 BASELINES = ("dgcnn", "pointnet2")
+FEATURES = {"normals": 3, "height": 1}  # numbers per point, in the order in which published models read them
 
 
 def build_point_net(
-    name: str, scan: str | None, num_classes: int, num_shapes: int | None, options: Mapping[str, Any]
+    name: str,
+    scan: str | None,
+    num_classes: int,
+    num_shapes: int | None,
+    options: Mapping[str, Any],
+    features: Sequence[str] = (),
 ) -> nn.Module:
     """A point model of the zoo, or a baseline.
 
@@ -29,9 +35,10 @@ def build_point_net(
         num_classes: Outputs.
         num_shapes: Shapes whose labels the model is told, for parts; None for classification.
         options: Further arguments of the model.
+        features: What the model is told of each point beside its place: "normals", "height" or both.
 
     Raises:
-        ValueError: an unknown name, a scan for a baseline, or a model of another task.
+        ValueError: an unknown name, a scan for a baseline, a model of another task, or features for one without.
         TypeError: an argument that the model does not take.
     """
     more = dict(options)
@@ -39,6 +46,8 @@ def build_point_net(
         if scan not in (None, "none"):
             raise ValueError(f"{name} reads points in no order; leave scan={scan!r} out")
         kind: Any = {"dgcnn": DGCNN, "pointnet2": PointNet2}[name]
+        if features:
+            raise ValueError(_places_only(name, features))
         if odd := [key for key in more if key not in inspect.signature(kind).parameters]:
             raise TypeError(f"{name} takes no argument {odd[0]!r}")
         return kind(num_classes, num_shapes, **more)
@@ -50,7 +59,31 @@ def build_point_net(
         raise ValueError(f"{name} is no model for {wanted}; see mamba_zoo.list_models(modality='points')")
     if num_shapes is not None:
         more["num_shapes"] = num_shapes
+    if "in_chans" in inspect.signature(kind).parameters:
+        more.setdefault("in_chans", 3 + sum(FEATURES[feature] for feature in features))
+    elif features:
+        raise ValueError(_places_only(name, features))
     return mamba_zoo.create_model(name, num_classes=num_classes, **more)
+
+
+def with_features(net: nn.Module, x: Tensor, features: Sequence[str]) -> dict[str, Tensor]:
+    """What a model reads beside the places of points, as the argument `features`; nothing where there are none.
+
+    Args:
+        net: Of the model; one with `combine_xyz` puts the places behind its features by itself.
+        x: Points `(b, n, 3)`, or `(b, n, 6)` with their normals.
+        features: See `build_point_net`. Height is that above the lowest point, along y.
+    """
+    if not features:
+        return {}
+    places = x[..., :3]
+    made = {"normals": x[..., 3:], "height": places[..., 1:2] - places[..., 1:2].amin(1, keepdim=True)}
+    first = [] if getattr(net, "combine_xyz", False) else [places]
+    return {"features": torch.cat([*first, *(made[name] for name in FEATURES if name in features)], dim=-1)}
+
+
+def _places_only(name: str, features: Sequence[str]) -> str:
+    return f"{name} reads coordinates alone; leave data.features={list(features)} out, or take a form of pcm"
 
 
 class _Baseline(nn.Module):

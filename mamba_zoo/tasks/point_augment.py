@@ -47,22 +47,28 @@ class PointAugment:
         self.tilt, self.flip, self.jitter = tilt, flip, jitter
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Clouds `(b, n, 3)` to clouds of the same shape."""
+        """Clouds `(b, n, 3)`, or `(b, n, 6)` with normals, to clouds of the same shape."""
         b = len(x)
+        x, normals = x[..., :3], x[..., 3:]
         low, high = self.scale
         if (low, high) != (1.0, 1.0):
-            x = x * (low + (high - low) * torch.rand(b, 1, 3, device=x.device))
-        x = self.turn(x)
+            factors = low + (high - low) * torch.rand(b, 1, 3, device=x.device)
+            x = x * factors
+            if normals.shape[-1]:
+                normals = torch.nn.functional.normalize(normals / factors, dim=-1)
+        x, normals = self.turn(torch.cat([x, normals], dim=-1)).tensor_split((3,), dim=-1)
         if self.translate:
             x = x + self.translate * (2 * torch.rand(b, 1, 3, device=x.device) - 1)
         if self.jitter:
             noise = torch.randn_like(x).clamp(-4, 4)
             x = x + self.jitter * noise
-        return x
+        return torch.cat([x, normals], dim=-1)
 
     def turn(self, x: Tensor) -> Tensor:
-        """Only rotations and mirrors: what may be averaged over at test time."""
+        """Only rotations and mirrors, of points and normals alike: what may be averaged over at test time."""
         b, device = len(x), x.device
+        n = x.shape[1]
+        x = torch.cat(x.split(3, dim=-1), dim=1)
         if self.rotate == "cube":
             x = x @ _cube(device)[torch.randint(24, (b,), device=device)]
         elif self.rotate != "none":
@@ -73,7 +79,7 @@ class PointAugment:
             mirror = torch.ones(b, 1, 3, device=device)
             mirror[:, 0, 0] = 1 - 2 * (torch.rand(b, device=device) < 0.5).float()
             x = x * mirror
-        return x
+        return torch.cat(x.split(n, dim=1), dim=-1)
 
 
 def random_rotations(b: int, around: str, device: torch.device) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from ._data import Split, TaskData
 from .image_files import split_folders, stratified_split
 from .point_files import Cloud, class_folders, estimate_normals, read_cloud, resample, to_unit_sphere, voxel_downsample
 
+Feature = Literal["normals", "height"]
+
 
 class Clouds(Dataset):
     """Clouds of one size with their labels; an item is `(points, label)` or `(points, label, part)`.
 
     Args:
-        points: `(s, n, 3)`.
+        points: `(s, n, 3)`, or `(s, n, 6)` with normals.
         labels: `(s,)`.
         parts: `(s, n)`, numbered through all classes, or None.
     """
@@ -53,13 +56,17 @@ class PointData(TaskData):
         test_fraction: Likewise for test clouds, where it must be above 0.
         split_seed: Of the automatic split, and of the points that are drawn.
         repeats: An epoch goes so many times through the training clouds; for sets of a few hundred.
+        features: What the model is told of each point beside its place: "normals", those of the files, or where there
+            are none, of planes through the nearest points (Open3D); "height" above the lowest point, along y.
 
     Raises:
         FileNotFoundError: a missing folder or file.
         ValueError: a setting out of range, or classes that differ between splits.
     """
 
-    tells: ClassVar[Mapping[str, str]] = {"num_classes": "num_classes", "class_names": "classes"}
+    tells: ClassVar[Mapping[str, str]] = {
+        "num_classes": "num_classes", "class_names": "classes", "features": "features",
+    }  # fmt: skip
     with_parts: ClassVar[bool] = False
 
     def __init__(
@@ -73,8 +80,11 @@ class PointData(TaskData):
         test_fraction: float = 0.15,
         split_seed: int = 0,
         repeats: int = 1,
+        features: list[Feature] | None = None,
     ) -> None:
         super().__init__(root, batch_size, num_workers)
+        if odd := [name for name in features or [] if name not in get_args(Feature)]:
+            raise ValueError(f"features={features}: {odd[0]!r} is unknown; choose of {', '.join(get_args(Feature))}")
         if min(points, repeats) < 1 or voxel < 0:
             raise ValueError(f"points={points} and repeats={repeats} must be at least 1, voxel={voxel} at least 0")
         if not 0 <= val_fraction < 0.5 or not 0 < test_fraction < 0.5:
@@ -82,7 +92,7 @@ class PointData(TaskData):
         self.save_hyperparameters(logger=False)
         self.points, self.voxel, self.split_seed, self.repeats = points, voxel, split_seed, repeats
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.order_seed = split_seed
+        self.order_seed, self.features = split_seed, features or None
         self._classes: list[str] = []
         self._part_names: list[list[str]] = []
 
@@ -143,7 +153,8 @@ class PointData(TaskData):
         self._classes = bundle["class_names"]
         if "part" in bundle:
             self._part_names = bundle["part_names"]
-        whole = self._clouds(list(map(Cloud, bundle["points"])), bundle["label"], bundle.get("part"))
+        normals = bundle.get("normals", [None] * len(bundle["points"]))
+        whole = self._clouds(list(map(Cloud, bundle["points"], normals)), bundle["label"], bundle.get("part"))
         if "split" not in bundle:
             return self._split(whole)
         index = {name: np.flatnonzero(bundle["split"] == i) for i, name in enumerate(("train", "test", "val"))}
@@ -184,12 +195,17 @@ class PointData(TaskData):
 
     def _clouds(self, clouds: list[Cloud], labels: np.ndarray, part: np.ndarray | None) -> Clouds:
         """Brought to one size, in an order in which the first points are a fair sample, in the unit sphere."""
-        drawn = []
+        drawn, normals = [], "normals" in (self.features or [])
         for i, cloud in enumerate(clouds):
             if part is not None:
-                cloud = Cloud(cloud.points, labels=part[i].astype(np.int64))
+                cloud = replace(cloud, labels=part[i].astype(np.int64))
+            if normals and cloud.normals is None:
+                cloud = estimate_normals(cloud)
             drawn.append(resample(cloud, min(self.points, len(cloud)) if self._bundled_size() else self.points, i))
         points = torch.from_numpy(to_unit_sphere(np.stack([cloud.points for cloud in drawn])))
+        if normals:
+            beside = np.stack([cloud.normals for cloud in drawn])  # type: ignore[arg-type]
+            points = torch.cat([points, torch.from_numpy(beside).float()], dim=-1)
         numbers = torch.from_numpy(np.asarray(labels).astype(np.int64))
         if part is None:
             return Clouds(points, numbers, None)
@@ -223,7 +239,9 @@ class PointData(TaskData):
 class PartData(PointData):
     """Shapes with their classes and the part of every point; see `PointData` for the arguments."""
 
-    tells: ClassVar[Mapping[str, str]] = {"class_names": "classes", "part_names": "part_names"}
+    tells: ClassVar[Mapping[str, str]] = {
+        "class_names": "classes", "part_names": "part_names", "features": "features",
+    }  # fmt: skip
     with_parts = True
 
     def __init__(
@@ -237,8 +255,11 @@ class PartData(PointData):
         test_fraction: float = 0.15,
         split_seed: int = 0,
         repeats: int = 1,
+        features: list[Feature] | None = None,
     ) -> None:
-        super().__init__(root, points, voxel, batch_size, num_workers, val_fraction, test_fraction, split_seed, repeats)
+        super().__init__(
+            root, points, voxel, batch_size, num_workers, val_fraction, test_fraction, split_seed, repeats, features
+        )
 
 
 class UnlabelledData(PointData):
@@ -246,13 +267,27 @@ class UnlabelledData(PointData):
 
     tells: ClassVar[Mapping[str, str]] = {}
 
+    def __init__(
+        self,
+        root: str = "digits",
+        points: int = 2048,
+        voxel: float = 0.0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.15,
+        split_seed: int = 0,
+        repeats: int = 1,
+    ) -> None:
+        super().__init__(root, points, voxel, batch_size, num_workers, val_fraction, test_fraction, split_seed, repeats)
+
 
 def read_bundle(path: Path) -> dict[str, Any]:
     """Clouds of one size in a `.npz` file.
 
-    Arrays: "points" `(s, n, 3)` and "label" `(s,)`; if there are any "split" `(s,)` (0 train, 1 test, 2 validation),
-    "class_names" `(classes,)`, "part" `(s, n)` within the class, and "part_names" `(classes, most)`, "" where a class
-    has fewer.
+    Arrays: "points" `(s, n, 3)` and "label" `(s,)`; if there are any "normals" `(s, n, 3)`, "split" `(s,)` (0 train, 1
+    test, 2 validation), "class_names" `(classes,)`, "part" `(s, n)` within the class, and "part_names"
+    `(classes, most)`, "" where a class has fewer.
 
     Raises:
         FileNotFoundError: no such file.
@@ -267,6 +302,8 @@ def read_bundle(path: Path) -> dict[str, Any]:
     shape = found["points"].shape
     if len(shape) != 3 or shape[2] != 3 or found["label"].shape != shape[:1]:
         raise ValueError(f"{path}: points {shape} must be (s, n, 3) and label {found['label'].shape} (s,)")
+    if "normals" in found and found["normals"].shape != shape:
+        raise ValueError(f"{path}: normals {found['normals'].shape} must be {shape}, as the points")
     classes = int(found["label"].max()) + 1
     found["class_names"] = [str(name) for name in found.get("class_names", range(classes))]
     if "part" in found:
@@ -281,12 +318,10 @@ def read_bundle(path: Path) -> dict[str, Any]:
     return found
 
 
-def prepared_cloud(path: Path, points: int, voxel: float = 0.0, seed: int = 0, normals: bool = False) -> Cloud:
-    """A file as a cloud, thinned if asked, with normals if asked; all its points."""
+def prepared_cloud(path: Path, points: int, voxel: float = 0.0, seed: int = 0) -> Cloud:
+    """A file as a cloud, thinned if asked; all its points."""
     cloud = read_cloud(path, points, seed)
-    if voxel > 0:
-        cloud = voxel_downsample(cloud, voxel)
-    return estimate_normals(cloud) if normals and cloud.normals is None else cloud
+    return voxel_downsample(cloud, voxel) if voxel > 0 else cloud
 
 
 def _subset(whole: Clouds, index: np.ndarray) -> Clouds:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from ._classifier import write_classes
+from .point_data import prepared_cloud
 from .point_figures import plot_parts, write_viewer
-from .point_files import list_clouds, read_cloud, resample, to_unit_sphere
+from .point_files import Cloud, estimate_normals, list_clouds, read_cloud, resample, to_unit_sphere
 from .running import write_csv
 
 if TYPE_CHECKING:
-    from .points import PartSegmenter, PointClassifier
+    from .points import PartSegmenter, PointClassifier, PointTask
 
 
 def predict_classes(model: PointClassifier, args: argparse.Namespace) -> str:
@@ -32,8 +33,11 @@ def predict_classes(model: PointClassifier, args: argparse.Namespace) -> str:
     model = model.to(device).eval()
     found = []
     for start in range(0, len(paths), args.batch_size):
-        clouds = [resample(read_cloud(path), model.num_points) for path in paths[start : start + args.batch_size]]
-        x = torch.from_numpy(to_unit_sphere(np.stack([cloud.points for cloud in clouds]))).to(device)
+        clouds = [
+            resample(_with_normals(model, prepared_cloud(path, 2048, args.voxel)), model.num_points)
+            for path in paths[start : start + args.batch_size]
+        ]
+        x = torch.stack([_tensor(model, cloud) for cloud in clouds]).to(device)
         with torch.no_grad():
             found.append(model.predict_step((x,), 0).cpu())
     out = args.out or Path("predictions.csv")
@@ -54,10 +58,10 @@ def predict_parts(model: PartSegmenter, args: argparse.Namespace) -> str:
     shown: list[Any] = []
     for path in paths:
         label = _label(model, path, args.shape)
-        cloud = read_cloud(path)
+        cloud = _with_normals(model, read_cloud(path))
         # Drawn in another order, so that the pieces that the model reads are fair samples; and put back.
         shuffle = np.random.default_rng(0).permutation(len(cloud))
-        x = torch.from_numpy(to_unit_sphere(cloud.points[shuffle]))[None].to(device)
+        x = _tensor(model, cloud.take(shuffle))[None].to(device)
         with torch.no_grad():
             part = np.empty(len(cloud), dtype=np.int64)
             try:
@@ -77,6 +81,18 @@ def predict_parts(model: PartSegmenter, args: argparse.Namespace) -> str:
         shown.append((f"{path.name}: {model.class_names[label]}", cloud.points, part, names))
     write_viewer(shown, out / "parts.html")
     return f"{len(paths):,} clouds -> {out}: parts as CSV and PNG, and parts.html"
+
+
+def _with_normals(model: PointTask, cloud: Cloud) -> Cloud:
+    return estimate_normals(cloud) if "normals" in model.features and cloud.normals is None else cloud
+
+
+def _tensor(model: PointTask, cloud: Cloud) -> torch.Tensor:
+    """Points `(n, 3)` in the unit sphere, with their normals `(n, 6)` if the model reads them."""
+    points = to_unit_sphere(cloud.points)
+    if "normals" in model.features and cloud.normals is not None:
+        points = np.concatenate([points, cloud.normals], axis=1)
+    return torch.from_numpy(points)
 
 
 def _files(data: Path) -> list[Path]:

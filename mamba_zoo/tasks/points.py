@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._classifier import Classifier, check_classes
-from ._point_nets import build_point_net
+from ._point_nets import build_point_net, with_features
 from ._task import Task
 from .point_augment import PointAugment, Rotation
 from .running import write_csv
@@ -31,6 +31,7 @@ class PointTask(Task):
     grid: ClassVar[tuple[int, ...] | None] = None
     num_points: int
     augment: PointAugment
+    features: tuple[str, ...] = ()
 
     @classmethod
     def scan_spec(cls, scan: Any) -> str:
@@ -53,8 +54,12 @@ class PointTask(Task):
         index = None
         if x.shape[1] > self.num_points:
             index = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, : self.num_points]
-            x = x.gather(1, index[..., None].expand(-1, -1, 3))
+            x = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
         return self.augment(x), index
+
+    def read(self, net: nn.Module, x: Tensor, *told: Tensor) -> Tensor:
+        """What a network says of clouds `(b, n, 3)`, or `(b, n, 6)` with normals, told the classes of their shapes."""
+        return net(x[..., :3], *told, **with_features(net, x, self.features))
 
     def _set_points(self, num_points: int, augment: PointAugment) -> None:
         if num_points < 1:
@@ -92,6 +97,7 @@ class PointClassifier(PointTask, Classifier):
         ema_decay: See `Task`.
         freeze: See `Task`.
         class_names: In the order of the class numbers; None numbers them.
+        features: What the model is told of each point beside its place, see `PointData`; only forms of PCM read any.
 
     Raises:
         ValueError: an unknown model or setting.
@@ -124,35 +130,37 @@ class PointClassifier(PointTask, Classifier):
         ema_decay: float | None = None,
         freeze: Freeze = "none",
         class_names: list[str] | None = None,
+        features: list[str] | None = None,
     ) -> None:
         class_names = check_classes(num_classes, class_names)
         if votes < 1:
             raise ValueError(f"votes={votes} must be at least 1")
-        net = build_point_net(name, scan, num_classes, None, with_file(options, checkpoint_path))
+        net = build_point_net(name, scan, num_classes, None, with_file(options, checkpoint_path), features or ())
         _start_encoder(net, init_encoder)
         super().__init__(
             net, name, num_classes, class_names, label_smoothing, opt, lr, weight_decay, layer_decay, recipe,
             warmup_epochs, min_lr, ema_decay, freeze,
         )  # fmt: skip
         self.save_hyperparameters()
-        self.votes = votes
+        self.votes, self.features = votes, tuple(features or ())
         self._set_points(num_points, PointAugment(scale, translate, rotate, tilt, flip, jitter))
 
     def scores(self, net: nn.Module, batch: Any) -> Tensor:
         """Class scores `(b, num_classes)`; the logarithm of mean probabilities where copies vote."""
         x, _ = self.sample(batch[0])
         if self.training or self.votes == 1:
-            return net(x)
+            return self.read(net, x)
         devices = [x.device] if x.is_cuda else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)  # the same turns in every test
             copies = [x, *(self.augment.turn(x) for _ in range(self.votes - 1))]
-        return torch.stack([net(copy).float().softmax(-1) for copy in copies]).mean(0).clamp(min=1e-9).log()
+        return torch.stack([self.read(net, copy).float().softmax(-1) for copy in copies]).mean(0).clamp(min=1e-9).log()
 
     @classmethod
     def predict_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """How many classes to list."""
+        """How many classes to list, and how clouds are thinned."""
         parser.add_argument("--top", type=int, default=5, help="classes to list for each cloud (default: 5)")
+        parser.add_argument("--voxel", type=float, default=0.0, help="data.voxel, if the model was trained with any")
 
     def predict_files(self, args: argparse.Namespace) -> str:
         """Class probabilities of files of clouds and meshes, as CSV."""
@@ -193,6 +201,7 @@ class PartSegmenter(PointTask):
         freeze: See `Task`.
         class_names: Of the shapes.
         part_names: Of the parts of each class; None stands for four classes of four parts.
+        features: As for `PointClassifier`.
 
     Raises:
         ValueError: an unknown model or setting.
@@ -234,17 +243,18 @@ class PartSegmenter(PointTask):
         freeze: Freeze = "none",
         class_names: list[str] | None = None,
         part_names: list[list[str]] | None = None,
+        features: list[str] | None = None,
     ) -> None:
         parts = part_names or [[str(i) for i in range(4)] for _ in range(4)]
         total = sum(map(len, parts))
-        net = build_point_net(name, scan, total, len(parts), with_file(options, checkpoint_path))
+        net = build_point_net(name, scan, total, len(parts), with_file(options, checkpoint_path), features or ())
         _start_encoder(net, init_encoder)
         super().__init__(
             net, name, opt, lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze
         )
         self.save_hyperparameters()
         self._set_points(num_points, PointAugment(scale, translate, rotate, tilt, flip, jitter))
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.features = label_smoothing, tuple(features or ())
         self.part_names = parts
         self.class_names = check_classes(max(2, len(parts)), class_names) if len(parts) > 1 else (class_names or ["0"])
         owner = torch.tensor([c for c, names in enumerate(parts) for _ in names])
@@ -258,7 +268,7 @@ class PartSegmenter(PointTask):
         points, shape, part = batch
         x, index = self.sample(points)
         part = part[:, : self.num_points] if index is None else part.gather(1, index)
-        logits = self.net(x, shape).float()
+        logits = self.read(self.net, x, shape).float()
         # Over the parts of the class alone: the label of the shape is known.
         masked = logits.masked_fill(~self.allowed_parts(shape)[:, None], -1e4)
         loss = F.cross_entropy(masked.flatten(0, 1), part.flatten())
@@ -274,14 +284,14 @@ class PartSegmenter(PointTask):
         return self.get_buffer("allowed")[shape]
 
     def label(self, points: Tensor, shape: Tensor) -> Tensor:
-        """Parts `(b, n)` of all points `(b, n, 3)` of shapes of the classes `(b,)`, read in pieces of `num_points`."""
+        """Parts `(b, n)` of all points, as for `read`, of shapes of the classes `(b,)`, in pieces of `num_points`."""
         found = []
         for start in range(0, points.shape[1], self.num_points):
             piece = points[:, start : start + self.num_points]
             if short := self.num_points - piece.shape[1]:
                 # A shorter piece is filled up with points that have been labelled already.
                 piece = torch.cat([piece, points[:, :short]], dim=1) if start else piece
-            logits = self.inference_net(piece, shape).float()
+            logits = self.read(self.inference_net, piece, shape).float()
             masked = logits.masked_fill(~self.allowed_parts(shape)[:, None], -torch.inf)
             found.append(masked.argmax(-1)[:, : points.shape[1] - start])
         return torch.cat(found, dim=1)
@@ -305,7 +315,7 @@ class PartSegmenter(PointTask):
         for i in range(len(batch[0])):
             if shape[i].item() not in {label for *_, label in self._examples} and len(self._examples) < _EXAMPLES:
                 arrays = [value[i, : predicted.shape[1]].cpu().numpy() for value in (batch[0], predicted, batch[2])]
-                self._examples.append((arrays[0], arrays[1], arrays[2], int(shape[i])))
+                self._examples.append((arrays[0][:, :3], arrays[1], arrays[2], int(shape[i])))
 
     def on_test_epoch_start(self) -> None:
         """Forget an earlier test."""
@@ -369,7 +379,7 @@ class PartSegmenter(PointTask):
     def _evaluate(self, batch: Any, split: str) -> tuple[Tensor, Tensor, Tensor]:
         points, shape, part = batch
         predicted = self.label(points, shape)
-        logits = self.inference_net(points[:, : self.num_points], shape).float()
+        logits = self.read(self.inference_net, points[:, : self.num_points], shape).float()
         masked = logits.masked_fill(~self.allowed_parts(shape)[:, None], -1e4)
         loss = F.cross_entropy(masked.flatten(0, 1), part[:, : logits.shape[1]].flatten())
         accuracy = (predicted == part).float().mean()

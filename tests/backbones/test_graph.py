@@ -308,7 +308,7 @@ def test_data_that_do_not_fit_are_refused():
     molecule = Data(x=torch.full((2, 9), 2), edge_index=torch.tensor([[0], [1]]), edge_attr=torch.tensor([[0, 7, 1]]))
     with pytest.raises(ValueError, match="integer feature 7 holds 2 to 2, but must be below 2"):
         atoms(molecule)
-    molecule.x[:, 7:] = 1
+    molecule.x = torch.ones(2, 9, dtype=torch.long)
     with pytest.raises(ValueError, match="integer feature 1 holds 7 to 7, but must be below 6"):
         atoms(molecule)
     item.x, item.num_nodes = None, 4

@@ -222,6 +222,13 @@ def test_augmentation():
     before, after = ((y[:, :, None] - y[:, None]).norm(dim=-1) for y in (x, turned))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     assert torch.equal(PointAugment()(x), x)
+    outward = torch.nn.functional.normalize(x, dim=-1)  # of a ball, which stays one under turns
+    both = PointAugment(rotate="any", flip=True, tilt=5.0, translate=0.1)(torch.cat([outward, outward], dim=-1))
+    ball, normals = both.split(3, dim=-1)
+    torch.testing.assert_close(ball - ball[:, :1], normals - normals[:, :1], rtol=0, atol=1e-5)
+    plane = torch.cat([x * torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 0.0]).expand_as(x)], dim=-1)
+    for cloud in PointAugment(scale=(0.5, 2.0), rotate="any")(plane):
+        assert ((cloud[:, :3] - cloud[:1, :3]) @ cloud[0, 3:]).abs().max() < 1e-4, "normals stay upright on the plane"
     scaled = PointAugment(scale=(0.5, 2.0))(x) / x
     assert 0.5 <= scaled.min() < 0.6
     assert 1.8 < scaled.max() <= 2.0001
@@ -245,7 +252,9 @@ def test_a_classifier_learns_and_predicts(bundle, folder, tmp_path):
     assert result["accuracy"] >= 0.9
     trained = load_task(tmp_path / "run" / "last.ckpt")
     assert isinstance(trained, PointClassifier)
-    args = argparse.Namespace(data=folder, out=tmp_path / "p.csv", batch_size=16, num_workers=0, device="cpu", top=2)
+    args = argparse.Namespace(
+        data=folder, out=tmp_path / "p.csv", batch_size=16, num_workers=0, device="cpu", top=2, voxel=0.0
+    )
     assert "48 clouds" in trained.predict_files(args)
     rows = (tmp_path / "p.csv").read_text().splitlines()
     right = sum(Path(row.split(",")[0]).parent.name == row.split(",")[1] for row in rows[1:])
@@ -279,6 +288,67 @@ def test_parts_are_learned_and_drawn(bundle, folder, tmp_path):
     page = (tmp_path / "out" / "parts.html").read_text()
     assert "http" not in page
     assert "0.npz: rod" in page
+
+
+PCM: dict[str, Any] = {
+    "dim": 16, "dim_expansion": [1, 2], "depths": [1, 1], "pre_blocks": [1, 1], "neighbours": [4, 4],
+    "reducers": [2, 2], "prompt_dim": 8, "prompts": 1, "d_state": 2,
+}  # fmt: skip
+
+
+def test_pcm_reads_normals_and_height(tmp_path):
+    draw = np.random.default_rng(0)
+    label = np.arange(32) % 2
+    normals = np.where(label[:, None, None] == 0, [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]).repeat(64, 1)
+    arrays = {"points": draw.normal(size=(32, 64, 3)), "label": label, "normals": normals}
+    path = tmp_path / "b.npz"
+    np.savez(path, **arrays)
+    data = PointData(str(path), points=64, features=["height", "normals"], batch_size=8, repeats=4)
+    model = {"options": PCM, "num_points": 64, "lr": 1e-2, "scale": [0.8, 1.2], "warmup_epochs": 0}
+    result = train_once("pcm_tiny", data, tmp_path / "run", max_epochs=3, model=model, trainer=CPU)
+    assert result["accuracy"] == 1, "the classes differ in their normals alone"
+    trained: Any = load_task(tmp_path / "run" / "last.ckpt")
+    assert trained.net.in_chans == 7
+    (points, _) = data.split("test")[0]
+    told: list[Any] = []
+    trained.eval().net.register_forward_pre_hook(lambda _, x, more: told.append((x[0], more)), with_kwargs=True)
+    trained.read(trained.net, points[None])
+    features = told[0][1]["features"][0]
+    assert torch.equal(features[:, :6], points)
+    torch.testing.assert_close(features[:, 6], points[:, 1] - points[:, 1].min())
+    np.savez(tmp_path / "0.npz", points=arrays["points"][0], normals=normals[0])
+    args = argparse.Namespace(
+        data=tmp_path / "0.npz", out=tmp_path / "p.csv", batch_size=4, device="cpu", top=1, voxel=0.0
+    )
+    trained.predict_files(args)
+    assert (tmp_path / "p.csv").read_text().splitlines()[1].split(",")[1] == "0"
+    with pytest.raises(ValueError, match=r"features of .* but the model was trained with"):
+        PointData(str(path)).scored(trained, "test", other=True)
+    with pytest.raises(ValueError, match=r"pointmamba_mini reads coordinates alone; leave data.features=\['height'\]"):
+        PointClassifier(features=["height"])
+    with pytest.raises(ValueError, match="'colour' is unknown; choose of normals, height"):
+        PointData(features=["colour"])  # type: ignore[list-item]
+    np.savez(path, **{**arrays, "normals": normals[:, :3]})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"normals \(32, 3, 3\) must be \(32, 64, 3\)"):
+        PointData(str(path)).setup()
+
+
+@pytest.mark.parametrize("name", ["pcm_tiny_parts", "pcm_s3dis"])
+def test_pcm_names_parts(name, bundle, tmp_path):
+    options = {**PCM, "decoder_dims": [16, 16]} | ({"windows": [16, 8]} if name == "pcm_s3dis" else {})
+    data = PartData(str(bundle), batch_size=6, points=96, features=["height"])
+    settings = {"options": options, "num_points": 64, "lr": 5e-3, "warmup_epochs": 1}
+    result = train_once(name, data, tmp_path / "run", max_epochs=4, model=settings, trainer=CPU)
+    assert result["miou"] > 0.45
+    assert load_task(tmp_path / "run" / "last.ckpt").net.in_chans == 4
+    alone = PartSegmenter(name, options=options)
+    assert alone.label(torch.randn(2, 64, 3), torch.tensor([0, 1])).shape == (2, 64)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("open3d") is None, reason="Open3D is not installed")
+def test_normals_are_estimated_where_files_have_none(bundle):
+    points, _ = PointData(str(bundle), points=64, features=["normals"]).split("train")[0]
+    torch.testing.assert_close(points[:, 3:].norm(dim=-1), torch.ones(64))
 
 
 def test_a_page_cannot_be_broken_by_names(tmp_path):
