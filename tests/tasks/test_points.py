@@ -347,7 +347,7 @@ def test_pcm_names_parts(name, bundle, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("open3d") is None, reason="Open3D is not installed")
 def test_normals_are_estimated_where_files_have_none(bundle):
-    points, _ = PointData(str(bundle), points=64, features=["normals"]).split("train")[0]
+    points, *_ = PointData(str(bundle), points=64, features=["normals"]).split("train")[0]
     torch.testing.assert_close(points[:, 3:].norm(dim=-1), torch.ones(64))
 
 
