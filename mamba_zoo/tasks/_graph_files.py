@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import difflib
+import inspect
 import os
 import shutil
 import tempfile
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 KARATE, TIES, DIGITS = "karate", "karate-ties", "digits"
-_LIBRARIES = ("planetoid", "tu", "moleculenet")
+_LIBRARIES = ("planetoid", "tu", "moleculenet", "pyg")
 
 
 def read_graphs(root: str, download_dir: str) -> list[Any]:
@@ -22,7 +24,9 @@ def read_graphs(root: str, download_dir: str) -> list[Any]:
     Args:
         root: "karate" (PyG's KarateClub); "karate-ties" (the same club with the strength of its ties); "digits" (the
             handwritten digits of scikit-learn, each the graph of its inked pixels); "planetoid:NAME", "tu:NAME" or
-            "moleculenet:NAME", data sets of PyG; or a folder, see `read_folder`.
+            "moleculenet:NAME", data sets of PyG; "pyg:CLASS" or "pyg:CLASS:NAME", any other class of
+            `torch_geometric.datasets`, such as "pyg:GNNBenchmarkDataset:MNIST", its splits if it has some among them;
+            or a folder, see `read_folder`.
         download_dir: Where data sets of PyG are kept; they are downloaded if they are not there.
 
     Raises:
@@ -46,7 +50,7 @@ def read_graphs(root: str, download_dir: str) -> list[Any]:
     if not Path(root).is_dir():
         raise FileNotFoundError(
             f"root={root!r} is no folder; give one, or {KARATE}, {TIES}, {DIGITS}, planetoid:Cora, tu:MUTAG, "
-            "moleculenet:ESOL"
+            "moleculenet:ESOL, or another data set of PyG by its class, such as pyg:GNNBenchmarkDataset:MNIST"
         )
     return read_folder(Path(root))
 
@@ -153,9 +157,11 @@ def _of_library(kind: str, name: str, download_dir: str) -> list[Any]:
         "planetoid": lambda root: datasets.Planetoid(root, name),
         "tu": lambda root: datasets.TUDataset(root, name, use_node_attr=True),
         "moleculenet": lambda root: datasets.MoleculeNet(root, name),
+        "pyg": lambda root: _splits(_class_of(name), root, name.partition(":")[2]),
     }
     root = Path(download_dir).expanduser()
-    folder = root / (name.lower() if kind == "moleculenet" else name)
+    folder = root / (name.lower() if kind == "moleculenet" else name.partition(":")[0])
+    root = folder if kind == "pyg" else root
     with tempfile.TemporaryDirectory() as scratch:
         if folder.is_dir() and not (folder / "processed").is_dir() and not os.access(folder, os.W_OK):
             shutil.copytree(folder / "raw", Path(scratch) / folder.name / "raw")  # PyG writes beside the raw files
@@ -177,6 +183,37 @@ def _of_library(kind: str, name: str, download_dir: str) -> list[Any]:
     for data in found:
         if data.x is None:
             _add_degree_profile(data)
+    return found
+
+
+def _class_of(name: str) -> Any:
+    """The class of `torch_geometric.datasets` that "CLASS" or "CLASS:NAME" names."""
+    from torch_geometric import datasets
+
+    kind = name.partition(":")[0]
+    if kind not in datasets.__all__:
+        near = difflib.get_close_matches(kind, datasets.__all__, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see torch_geometric.datasets"
+        raise ValueError(f"PyG has no data set {kind!r}; {hint}")
+    return getattr(datasets, kind)
+
+
+def _splits(kind: Any, root: str, name: str) -> list[Any]:
+    """Every graph of a class of data sets; where it is split, each graph knows its split."""
+    parameters = inspect.signature(kind).parameters
+    needed = [key for key, value in parameters.items() if value.default is value.empty and key not in ("root", "name")]
+    if "root" not in parameters or needed or ("name" in parameters) != bool(name):
+        wanted = "a name after a second colon" if "name" in parameters else "nothing but its class"
+        more = f", and arguments that cannot be given here ({', '.join(needed)})" if needed else ""
+        raise ValueError(f"pyg:{kind.__name__} needs {wanted}{more}")
+    given = {"root": root, **({"name": name} if name else {})}
+    if "split" not in parameters or parameters["split"].default not in ("train", None):
+        return list(kind(**given))
+    found = []
+    for split in ("train", "val", "test"):
+        for data in kind(**given, split=split):
+            data.split_name = split
+            found.append(data)
     return found
 
 

@@ -81,15 +81,17 @@ class GraphSource(TaskData):
 
     @property
     def encoder(self) -> str:
-        """The encoder of nodes: "smiles" for molecules of MoleculeNet, else "linear"."""
+        """The encoder of nodes: "smiles" for molecules of MoleculeNet, "atom" for those of LRGB, else "linear"."""
+        if self.root.startswith(("pyg:LRGBDataset:Peptides", "pyg:LRGBDataset:PCQM")):
+            return "atom"
         return "smiles" if self.root.startswith("moleculenet:") else "linear"
 
     @property
     def edges(self) -> str:
-        """The encoder of edges: "none", "smiles" for molecules of MoleculeNet, or "linear"."""
+        """The encoder of edges: "none", "smiles" or "bond" for molecules, or "linear"."""
         if self.graphs[0].get("edge_attr") is None:
             return "none"
-        return "smiles" if self.encoder == "smiles" else "linear"
+        return {"smiles": "smiles", "atom": "bond"}.get(self.encoder, "linear")
 
     @property
     def in_chans(self) -> int:
@@ -306,12 +308,13 @@ class NodeData(GraphSource):
     """One graph whose nodes have classes; an item is the whole graph with the nodes that count.
 
     Args:
-        root: "karate", "planetoid:Cora" and its like with their public splits, or a folder.
+        root: "karate", "planetoid:Cora" and its like with their public splits, any other of PyG's, or a folder.
         pe: See `GraphSource`, as for all that are not described here.
         pe_steps: See `GraphSource`.
         row_normalize: Scale every node's features to a sum of 1, as is usual for bags of words.
         steps_per_epoch: Steps an epoch, each over the whole graph.
-        split_seed: See `GraphSource`; a graph without validation or test nodes has them drawn from the unused ones.
+        split_seed: See `GraphSource`; a graph without validation or test nodes has them drawn from the unused ones. Of
+            several splits that a data set comes with, the number of the one that is taken.
         num_workers: Not used: the graph stays in memory.
         download_dir: See `GraphSource`.
     """
@@ -394,6 +397,10 @@ class NodeData(GraphSource):
             names = np.array(data.split_of_node)
             return {part: torch.from_numpy(np.flatnonzero(names == part)) for part in ("train", "val", "test")}
         masks = {part: data.get(f"{part}_mask") for part in ("train", "val", "test")}
+        masks = {  # some data sets have several splits, a column each
+            part: mask[:, self.split_seed % mask.shape[1]] if mask is not None and mask.dim() == 2 else mask
+            for part, mask in masks.items()
+        }
         found = {part: mask.nonzero()[:, 0] for part, mask in masks.items() if mask is not None}
         if len(found) == 3:
             return found

@@ -3,6 +3,7 @@
 import csv
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +104,48 @@ def test_sources_that_do_not_exist_are_refused(tmp_path, monkeypatch):
         read_graphs("moleculenet:ESOL", str(tmp_path))
     with pytest.raises(ValueError, match=r"karate-ties holds 1 graph, too few .* node-regression"):
         TargetData("karate-ties").setup()
+
+
+def test_any_data_set_of_pyg_is_read_by_its_class(tmp_path, monkeypatch):
+    from torch_geometric import datasets
+    from torch_geometric.data import Data
+
+    class LRGBDataset(list):
+        def __init__(self, root: str, name: str, split: str = "train", transform: object = None) -> None:
+            assert Path(root) == tmp_path / "LRGBDataset"
+            count = {"train": 3, "val": 2, "test": 1}[split]
+            one = torch.ones(2, 9, dtype=torch.long)
+            super().__init__(
+                Data(x=one, edge_index=torch.tensor([[0], [1]]), edge_attr=one[:1, :3], y=torch.tensor([[0.5, i]]))
+                for i in range(count)
+            )
+
+    class Actor(list):
+        def __init__(self, root: str) -> None:
+            data: Any = datasets.KarateClub()[0]
+            masks = torch.rand(3, 34, 2).argmax(0, keepdim=True) == torch.arange(3)[:, None, None]
+            data.train_mask, data.val_mask, data.test_mask = masks
+            super().__init__([data])
+
+    monkeypatch.setattr(datasets, "LRGBDataset", LRGBDataset)
+    monkeypatch.setattr(datasets, "Actor", Actor)
+    data = TargetData("pyg:LRGBDataset:Peptides-struct", download_dir=str(tmp_path))
+    assert [len(data.split(part)) for part in ("train", "val", "test")] == [3, 2, 1]
+    assert (data.encoder, data.edges) == ("atom", "bond")
+    model = mamba_zoo.create_model("graph_mamba_peptides_struct", pe="none", num_classes=2)
+    assert model(next(iter(data.val_dataloader()))).shape == (2, 2)
+    for seed in (0, 1):
+        nodes = NodeData("pyg:Actor", split_seed=seed, download_dir=str(tmp_path))
+        mask = nodes.graph.val_mask[:, seed]
+        assert nodes.split("val")[0][1].tolist() == mask.nonzero()[:, 0].tolist()
+    for root, message in {
+        "pyg:LRGBDatset:x": "no data set 'LRGBDatset'; did you mean LRGBDataset",
+        "pyg:LRGBDataset": "needs a name after a second colon",
+        "pyg:Actor:film": "needs nothing but its class",
+        "pyg:FakeDataset": "needs nothing but its class",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            read_graphs(root, str(tmp_path))
 
 
 def test_digits_are_graphs_of_their_ink():
