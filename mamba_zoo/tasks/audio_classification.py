@@ -12,10 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from ..backbones._fbank import front_end as make_front_end
 from . import audio_augment as augment
 from ._classifier import Classifier, check_classes
+from ._tagging_metrics import OverClasses
 from .audio_models import build_listener
 
 _EXAMPLES = 8  # recordings of a test that are drawn
@@ -258,7 +261,7 @@ class AudioTagger(AudioClassifier):
     """A model with its front end: waveforms in, any number of classes out, each with its own probability.
 
     Arguments are those of `AudioClassifier`; `label_smoothing` moves 0 and 1 by half of it. The score is the mean
-    average precision over the classes (mAP).
+    average precision over the classes that some recordings have and others lack (mAP).
     """
 
     monitor = "val/map"
@@ -301,9 +304,6 @@ class AudioTagger(AudioClassifier):
         ema_decay: float | None = None,
         freeze: Literal["none", "backbone", "bn"] = "none",
     ) -> None:
-        from torchmetrics import MetricCollection
-        from torchmetrics.classification import MultilabelAUROC, MultilabelAveragePrecision
-
         super().__init__(
             name, scan, num_classes, front_end, class_names, options, pretrained, checkpoint_path, drop_rate,
             drop_path_rate, level, speed, tempo, noise, vocal_tract, channel, shift, mask_bands, mask_frames, mixup,
@@ -313,7 +313,7 @@ class AudioTagger(AudioClassifier):
         self.save_hyperparameters()
         self.val_metrics, self.test_metrics = (
             MetricCollection(
-                {"map": MultilabelAveragePrecision(num_classes), "auroc": MultilabelAUROC(num_classes)},
+                {"map": OverClasses(binary_average_precision), "auroc": OverClasses(binary_auroc)},
                 prefix=f"{split}/",
             )
             for split in ("val", "test")

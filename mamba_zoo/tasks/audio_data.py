@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -196,6 +197,11 @@ class AudioData(TaskData):
     def _grouped(self, recordings: list[Recording]) -> dict[str, list[Recording]]:
         if self.test_speaker is not None:
             speakers = sorted({r.speaker for r in recordings})
+            if speakers == [""]:
+                raise ValueError(
+                    f"test_speaker={self.test_speaker!r}: {self.root} does not say who speaks; give a CSV file with "
+                    "the columns path, label and speaker"
+                )
             if self.test_speaker not in speakers:
                 raise ValueError(f"test_speaker={self.test_speaker!r} is none of {', '.join(speakers)}")
             recordings = [
@@ -211,10 +217,15 @@ class AudioData(TaskData):
             train = groups["train"]
             # Tagged recordings have no one class to keep the shares of.
             strata = [0] * len(train) if self.tagged else [self.target(r) for r in train]
-            try:
-                indices = stratified_split(strata, list(missing.values()), self.split_seed)
-            except ValueError as error:
-                raise ValueError(f"{self.root}: {error}") from None
+            number, count = min(Counter(strata).items(), key=lambda found: found[1])
+            if count <= len(missing):
+                of_class = "" if self.tagged else f" of class {self._classes[number]!r}"
+                raise ValueError(
+                    f"{self.root} has {count} recording{'s' * (count > 1)}{of_class} to divide among train "
+                    f"and {' and '.join(missing)}; add some, or give folders train, val and test or a CSV file with a "
+                    "column split"
+                )
+            indices = stratified_split(strata, list(missing.values()), self.split_seed)
             for name, index in zip(("train", *missing), indices, strict=True):
                 groups[name] = [train[i] for i in index]
         return groups

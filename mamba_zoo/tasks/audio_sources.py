@@ -196,6 +196,8 @@ def classes_of(recordings: Sequence[Recording], tagged: bool) -> list[str]:
     for recording in recordings:
         if not tagged and len(recording.labels) != 1:
             where = recording.source if isinstance(recording.source, Path) else "a recording"
+            if not recording.labels:
+                raise ValueError(f"{where} has no label; classification needs one for each recording")
             raise ValueError(
                 f"{where} has {len(recording.labels)} labels; classification needs one, use the task audio-tagging"
             )

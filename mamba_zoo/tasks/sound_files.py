@@ -27,7 +27,7 @@ def list_sounds(root: Path) -> list[Path]:
         ValueError: it holds no sound.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}")
+        raise FileNotFoundError(f"no file or folder {root}")
     found = sorted(
         path
         for path in root.rglob("*")

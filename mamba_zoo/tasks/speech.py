@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -200,8 +201,12 @@ class SpeechTask(Task):
         for key in _PERCEPTUAL:
             if key not in self.left_out:
                 try:
-                    found[key] = float(_perceptual_metric(key, outputs, voices, self.sample_rate).mean())
-                except (RuntimeError, ValueError) as error:  # such as a clip without any speech in it
+                    with warnings.catch_warnings():
+                        warnings.simplefilter(
+                            "error", RuntimeWarning
+                        )  # of a clip too short, whose number means nothing
+                        found[key] = float(_perceptual_metric(key, outputs, voices, self.sample_rate).mean())
+                except (RuntimeError, RuntimeWarning, ValueError) as error:  # such as a clip without any speech in it
                     self.left_out[f"{key} of mixture {len(self._tested)}"] = str(error).splitlines()[0]
         return found
 
@@ -360,7 +365,7 @@ def _missing(key: str, sample_rate: int) -> str | None:
     """Why a perceptual metric cannot be had; None if it can."""
     package, rates = _PERCEPTUAL[key]
     if importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed"
+        return f"the package {package} is not installed: pip install {package}"
     return f"it needs {rates[0]} or {rates[1]} samples per second" if rates and sample_rate not in rates else None
 
 

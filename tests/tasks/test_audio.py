@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torchmetrics.functional.classification import binary_average_precision
 
 from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import audio_augment as augment
 from mamba_zoo.tasks import train_once
+from mamba_zoo.tasks._tagging_metrics import OverClasses
 from mamba_zoo.tasks.audio_classification import AudioClassifier, AudioTagger, _levelled, _rolled
 from mamba_zoo.tasks.audio_data import AudioData, TaggingData, collate
 from mamba_zoo.tasks.audio_models import SpectrogramImage, build_listener
@@ -144,6 +146,16 @@ def test_a_csv_file_names_paths_labels_splits_and_speakers(tmp_path):
     manifest.write_text("path,label\nwav/0.wav,a;b\n")
     with pytest.raises(ValueError, match="has 2 labels; classification needs one"):
         small(manifest).setup()
+    manifest.write_text("path,label\nwav/0.wav,\nwav/1.wav,b\n")
+    with pytest.raises(ValueError, match=r"0\.wav has no label; classification needs one for each"):
+        small(manifest).setup()
+    manifest.write_text("path,label\nwav/0.wav,a\nwav/1.wav,b\nwav/3.wav,b\n")
+    with pytest.raises(
+        ValueError, match="has 1 recording of class 'a' to divide among train and test and val; add some"
+    ):
+        small(manifest).setup()
+    with pytest.raises(ValueError, match=r"test_speaker='eve': .* does not say who speaks; give a CSV file with"):
+        small(manifest, test_speaker="eve").setup()
 
 
 def test_wrong_sources_and_settings_say_so(tmp_path, folder):
@@ -366,6 +378,17 @@ def _arguments(data: Path, on_bad_file: str) -> Any:
         data=data, out=None, batch_size=4, num_workers=0, device="cpu", top=1, windows=None, pictures=None,
         on_bad_file=on_bad_file,
     )  # fmt: skip
+
+
+def test_tags_that_nothing_can_be_said_of_do_not_count():
+    metric = OverClasses(binary_average_precision)
+    assert float(metric(torch.rand(3, 4), torch.zeros(3, 4, dtype=torch.int64))) == 0
+    metric.reset()
+    scores = torch.tensor([[0.9, 0.1, 0.3], [0.2, 0.8, 0.4], [0.8, 0.9, 0.1]])
+    tags = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0]])  # the third on nothing
+    metric.update(scores[:1], tags[:1])
+    metric.update(scores[1:], tags[1:])
+    assert float(metric.compute()) == pytest.approx((1.0 + 0.5) / 2)
 
 
 def test_tags_are_learnt_and_scored_by_average_precision(tmp_path):

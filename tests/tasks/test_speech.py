@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_what_cannot_work_says_so(speakers, tmp_path):
         SeparationData(str(speakers), speaker_pattern="low|high").split("train")
     with pytest.raises(ValueError, match="does not match"):
         SeparationData(str(speakers), speaker_pattern="(?P<speaker>low)").split("train")
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
         EnhancementData(str(tmp_path / "nothing")).split("train")
     with pytest.raises(ValueError, match=r"no file of .* is left for test"):
         by_name(speakers, test_pattern="nowhere").split("test")
@@ -252,8 +253,20 @@ def test_blocks_are_resampled_as_the_whole(old, new, sizes):
     np.testing.assert_allclose(together, resample(samples, old, new), atol=1e-5)
 
 
+def test_clips_that_a_perceptual_metric_cannot_judge_are_left_out(monkeypatch):
+    def too_short(*args: Any) -> torch.Tensor:
+        warnings.warn("Not enough frames. Returning 1e-5", RuntimeWarning, stacklevel=1)
+        return torch.tensor(1e-5)
+
+    monkeypatch.setattr(speech, "_perceptual_metric", too_short)
+    task = SpeechEnhancer(options=TINY)
+    task.left_out = {"pesq": "not installed"}
+    assert task._perceptual(torch.ones(1, 8), torch.ones(1, 8)) == {}
+    assert task.left_out["stoi of mixture 0"] == "Not enough frames. Returning 1e-5"
+
+
 def test_perceptual_metrics_name_what_is_missing(monkeypatch):
-    assert speech._missing("pesq", 8000) is None or "pesq is not installed" in str(speech._missing("pesq", 8000))
+    assert speech._missing("pesq", 8000) is None or "is not installed" in str(speech._missing("pesq", 8000))
     monkeypatch.setattr(speech.importlib.util, "find_spec", lambda name: object())
     assert speech._missing("stoi", 11025) is None
     assert speech._missing("pesq", 11025) == "it needs 8000 or 16000 samples per second"
