@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._arguments import check_floating, check_tensors
 from ._backend import implementation, refusals
 from ._op import watched
 
@@ -48,8 +49,16 @@ def add_norm(
         The stream, in the wider dtype of `x` and `branch` (`x` itself without a branch); and the normed tokens.
 
     Raises:
-        ValueError: shapes that disagree, an unknown `kind` or `backend`, a `bias` with "rms", `scale` without `branch`.
+        ValueError: shapes that disagree, an unknown `kind` or `backend`, a `bias` with "rms", `scale` without `branch`,
+            tensors on several devices.
+        TypeError: tokens of integers.
     """
+    check_tensors(
+        ("x", x, False), ("weight", weight, False), ("bias", bias, True), ("branch", branch, True),
+        ("scale", scale, True),
+    )  # fmt: skip
+    if not x.dtype.is_floating_point:
+        check_floating(x=x.dtype)
     _check(x, weight, bias, branch, scale, kind, backend)
     stream_dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     out_dtype = out_dtype or stream_dtype

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._arguments import as_exact, check_floating, check_tensors
 from ._backend import choose, implementation
 from ._conv_args import ConvArgs
 from ._op import Op
@@ -85,21 +86,29 @@ def causal_conv1d(
         `(b, l, k, d)` in the dtype of `x`; with `return_final_state` also the state `(b | s, k, d, w - 1)`, float32.
 
     Raises:
-        ValueError: shapes that disagree, a bad `order`, `cu_seqlens`, `activation` or `backend`.
-        TypeError: an `order` that is no integer tensor.
+        ValueError: shapes that disagree, a bad `order`, `cu_seqlens`, `activation` or `backend`; tensors on several
+            devices.
+        TypeError: tokens of integers, or an `order` that is no integer tensor.
 
     Source:
         arXiv:2312.00752, section 3.4: the convolution of the block is causal in the direction of its scan.
     """
+    check_tensors(
+        ("x", x, False), ("weight", weight, False), ("bias", bias, True), ("initial_state", initial_state, True)
+    )  # fmt: skip
     _check_shapes(x, weight, bias)
     b, l = x.shape[:2]
     k, d, w = weight.shape
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; choose one of {ACTIVATIONS}")
     (x,) = _autocast(x)
+    if not x.dtype.is_floating_point:
+        check_floating(x=x.dtype)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = weight if weight.dtype == exact else weight.to(exact)  # even a conversion to the same calls into torch
-    bias, initial_state = (t if t is None or t.dtype == exact else t.to(exact) for t in (bias, initial_state))
+    weight = as_exact("weight", weight, exact)
+    bias, initial_state = (
+        t if t is None else as_exact(name, t, exact) for name, t in (("bias", bias), ("initial_state", initial_state))
+    )
     table, complete = prepare_order(order, b, l, k, x.device)
     offsets = None
     if cu_seqlens is not None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._arguments import as_exact, check_floating, check_tensors
 from ._backend import choose, implementation
 from ._op import Op
 from ._order import pack_order, prepare_order
@@ -77,11 +78,16 @@ def selective_scan(
 
     Raises:
         ValueError: shapes that disagree, a bad `order`, `cu_seqlens`, `reduce` or `backend`.
-        TypeError: tokens of different dtypes, or an `order` that is no integer tensor.
+            Tensors on several devices.
+        TypeError: tokens of different dtypes or of integers, or an `order` that is no integer tensor.
 
     Source:
         arXiv:2312.00752, equation 2; exact step on A, Euler step on B, as in its published code.
     """
+    check_tensors(
+        ("u", u, False), ("dt", dt, False), ("A", A, False), ("B", B, False), ("C", C, False), ("D", D, True),
+        ("z", z, True), ("dt_bias", dt_bias, True), ("initial_state", initial_state, True),
+    )  # fmt: skip
     _check_shapes(u, dt, A, B, C, D, z, dt_bias)
     b, l, k, d = dt.shape
     u, dt, B, C, z = _autocast(u, dt, B, C, z)
@@ -89,10 +95,13 @@ def selective_scan(
         raise TypeError(f"u, dt, B, C and z must share a dtype, not {sorted(map(str, dtypes))}; cast them, or autocast")
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r} is unknown; choose one of {REDUCTIONS}")
+    if not u.dtype.is_floating_point or out_dtype is not None:
+        check_floating(u=u.dtype, out_dtype=out_dtype or u.dtype)
     exact = torch.float64 if u.dtype == torch.float64 else torch.float32
-    A = A if A.dtype == exact else A.to(exact)  # even a conversion that changes nothing is a call into torch
+    A = as_exact("A", A, exact)
     D, dt_bias, initial_state = (
-        x if x is None or x.dtype == exact else x.to(exact) for x in (D, dt_bias, initial_state)
+        x if x is None else as_exact(name, x, exact)
+        for name, x in (("D", D), ("dt_bias", dt_bias), ("initial_state", initial_state))
     )
     table, complete = prepare_order(order, b, l, k, u.device)
     offsets = None
@@ -282,6 +291,9 @@ def _check_shapes(u, dt, A, B, C, D, z, dt_bias) -> None:
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, b: int, l: int, order: Tensor | None) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, not {found}")
     if b != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(
             f"cu_seqlens needs one packed sample (b=1) and shape (s + 1,), not b={b} and {tuple(cu_seqlens.shape)}"

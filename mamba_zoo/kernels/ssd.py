@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._arguments import as_exact, check_floating, check_tensors
 from ._backend import choose, implementation
 from ._op import Op
 from ._order import pack_order, prepare_order
@@ -85,18 +86,24 @@ def ssd(
 
     Raises:
         ValueError: shapes that disagree, both or neither of `A` and `decay`, a bad `order`, `cu_seqlens`, `chunk_size`,
-            `reduce` or `backend`.
-        TypeError: tokens of different dtypes, or an `order` that is no integer tensor.
+            `reduce` or `backend`; tensors on several devices.
+        TypeError: tokens of different dtypes or of integers, or an `order` that is no integer tensor.
 
     Source:
         arXiv:2405.21060, sections 3 and 6.
     """
+    check_tensors(
+        ("x", x, False), ("dt", dt, False), ("A", A, True), ("B", B, False), ("C", C, False), ("D", D, True),
+        ("z", z, True), ("dt_bias", dt_bias, True), ("decay", decay, True), ("initial_state", initial_state, True),
+    )  # fmt: skip
     _check_shapes(x, dt, A, B, C, D, z, dt_bias, decay)
     b, l, k, h = dt.shape
     p, n = x.shape[-1], B.shape[-1]
     x, B, C, z = _autocast(x, B, C, z)
     if len(dtypes := {t.dtype for t in (x, B, C, z) if t is not None}) > 1:
         raise TypeError(f"x, B, C and z must share a dtype, not {sorted(map(str, dtypes))}; cast them, or autocast")
+    if not x.dtype.is_floating_point or out_dtype is not None:
+        check_floating(x=x.dtype, out_dtype=out_dtype or x.dtype)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, value in (("dt", dt), ("decay", decay)):
         if value is not None and value.dtype not in (x.dtype, exact):
@@ -106,7 +113,8 @@ def ssd(
     if chunk_size not in CHUNKS:
         raise ValueError(f"chunk_size={chunk_size!r} must be one of {CHUNKS}")
     A, D, dt_bias, initial_state = (
-        t if t is None or t.dtype == exact else t.to(exact) for t in (A, D, dt_bias, initial_state)
+        t if t is None else as_exact(name, t, exact)
+        for name, t in (("A", A), ("D", D), ("dt_bias", dt_bias), ("initial_state", initial_state))
     )
     if D is not None and D.dim() == 2:
         D = D[:, :, None].expand(-1, -1, p)

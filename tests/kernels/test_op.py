@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from mamba_zoo import kernels
 from mamba_zoo.kernels import causal_conv1d, refusals, selective_scan
 from mamba_zoo.kernels.add_norm import add_norm
 
@@ -76,3 +78,43 @@ def test_a_kernel_is_launched_again_only_for_what_it_was_compiled_for():
         ours = add_norm(x, weight, branch=x, backend="triton")
         theirs = add_norm(x, weight, branch=x, backend="reference")
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
+def problem_of(op: str) -> dict[str, Any]:
+    """The smallest problem of an op."""
+    x = torch.randn(1, 4, 2)
+    return {
+        "selective_scan": {"u": x, "dt": x[:, :, None], "A": -torch.ones(1, 2, 1), "B": x[:, :, None, :1],
+                           "C": x[:, :, None, :1], "D": torch.ones(1, 2)},
+        "causal_conv1d": {"x": x, "weight": torch.ones(1, 2, 3), "bias": torch.ones(1, 2)},
+        "ssd": {"x": x[:, :, None], "dt": x[:, :, None, :1], "A": -torch.ones(1, 1), "B": x[:, :, None, None],
+                "C": x[:, :, None, None], "D": torch.ones(1, 1)},
+        "add_norm": {"x": x, "weight": torch.ones(2), "bias": torch.ones(2)},
+    }[op]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "ssd", "add_norm"])
+def test_wrong_kinds_of_arguments_are_named(op):
+    """Kernels would read an address of another device, and cut off the fractions of what integers hold."""
+    run, problem = getattr(kernels, op), problem_of(op)
+    run(**problem)
+    tokens, *_, last = problem
+    with pytest.raises(TypeError, match=f"{tokens} must be a tensor, not ndarray"):
+        run(**{**problem, tokens: problem[tokens].numpy()})
+    with pytest.raises(TypeError, match="must be a tensor, not float"):
+        run(**{**problem, last: 1.0})
+    with pytest.raises(ValueError, match=rf"{last} is on meta, but {tokens} on cpu; move it there"):
+        run(**{**problem, last: problem[last].to("meta")})
+    whole = {k: v.long() if v.dim() > 2 and k not in ("A", "weight") else v for k, v in problem.items()}
+    with pytest.raises(TypeError, match=rf"{tokens} must be of a floating-point dtype, not torch\.int64"):
+        run(**whole)
+
+
+def test_parameters_and_results_are_floating_point():
+    problem = problem_of("selective_scan")
+    with pytest.raises(TypeError, match=r"A must be of a floating-point dtype, not torch\.complex64"):
+        selective_scan(**{**problem, "A": problem["A"].to(torch.complex64)})
+    with pytest.raises(TypeError, match="out_dtype must be of a floating-point dtype, not float32"):
+        selective_scan(**problem, out_dtype="float32")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cu_seqlens must be an int32 or int64 tensor, not list"):
+        selective_scan(**problem, cu_seqlens=[0, 4])  # type: ignore[arg-type]

@@ -1,0 +1,45 @@
+"""What every op asks of its arguments before it looks at their shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_tensors(*given: tuple[str, Any, bool]) -> None:
+    """Raise unless all are tensors on one device: a kernel would read an address of another device.
+
+    Args:
+        given: Names, values, and whether they may be None; the first is where the others must be.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another device.
+    """
+    device = None
+    for name, value, optional in given:
+        if value is None and optional:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+        if device is None:
+            device = value.device
+        elif value.device != device:
+            raise ValueError(f"{name} is on {value.device}, but {given[0][0]} on {device}; move it there")
+
+
+def check_floating(**dtypes: torch.dtype) -> None:
+    """Raise TypeError for a dtype without fractions: what is computed would be cut off when it is stored."""
+    for name, dtype in dtypes.items():
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"{name} must be of a floating-point dtype, not {dtype}; convert it with .float()")
+
+
+def as_exact(name: str, value: Tensor, exact: torch.dtype) -> Tensor:
+    """`value` in the dtype of states, which is not asked for again if it has it."""
+    if value.dtype == exact:
+        return value
+    check_floating(**{name: value.dtype})
+    return value.to(exact)
