@@ -202,9 +202,8 @@ class SpeechTask(Task):
             if key not in self.left_out:
                 try:
                     with warnings.catch_warnings():
-                        warnings.simplefilter(
-                            "error", RuntimeWarning
-                        )  # of a clip too short, whose number means nothing
+                        # The number that comes with a warning, such as of a clip too short, means nothing.
+                        warnings.simplefilter("error", RuntimeWarning)
                         found[key] = float(_perceptual_metric(key, outputs, voices, self.sample_rate).mean())
                 except (RuntimeError, RuntimeWarning, ValueError) as error:  # such as a clip without any speech in it
                     self.left_out[f"{key} of mixture {len(self._tested)}"] = str(error).splitlines()[0]
