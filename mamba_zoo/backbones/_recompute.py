@@ -24,7 +24,7 @@ def recomputed(x: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Abstr
     as activation checkpointing.
 
     Args:
-        x: `make(*inputs)`, computed already.
+        x: `make(*inputs)`, computed already; has to live as long as the context.
         make: Without random numbers; called under the autocast of now, without gradients. Must not hold `x`.
         inputs: Tensors.
     """

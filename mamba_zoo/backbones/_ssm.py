@@ -37,9 +37,8 @@ class DirectionLinear(nn.Module):
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What `product` multiplies: the tokens, and a weight `(k * out, ...)` for all directions or one for each."""
-        k = len(self.weight)
-        if x.dim() == 3 or k == 1:
-            return (x if x.dim() == 3 else x[:, :, 0]), self.weight.flatten(0, 1)
+        if x.dim() == 3 or len(self.weight) == 1:
+            return x, self.weight.flatten(0, 1)
         if not x.is_cuda:
             return x, self.weight
         # One wide product with a block-diagonal weight: the weight gradient of k thin batched products, whose sum
@@ -50,7 +49,8 @@ class DirectionLinear(nn.Module):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """`forward` of the tokens whose `operands` these are."""
         if weight.dim() == 2:
-            return F.linear(x, weight).unflatten(-1, (len(self.weight), -1))
+            y = F.linear(x, weight)
+            return y if x.dim() == 4 else y.unflatten(-1, (len(self.weight), -1))
         y = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
         return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
