@@ -1,8 +1,8 @@
 """The backward kernels of the state-space dual, given the states and their gradients between chunks.
 
-One takes a head through a chunk, for the gradients of what belongs to the head. The other takes one chunk and the heads
-of a group, one after another, for the gradients of B and C: summed over heads in registers, without atomics, and the
-part within the chunk before it is multiplied by the other map.
+Both take one chunk and heads of a group, one after another, so that the maps are read once and the next head is fetched
+ahead. One is for the gradients of what belongs to a head, the other for those of B and C: summed over heads in
+registers, without atomics, and the part within the chunk before it is multiplied by the other map.
 """
 # Pyright takes functions that call the kernel language to never return.
 # pyright: reportGeneralTypeIssues=false
@@ -15,15 +15,16 @@ from ._ssd_tiles import causal, in_states, product, tokens_of_chunk
 from ._tiles import load_tile, store_tile
 
 SIZES = ["m", "k", "h", "per_group", "chunks", "rows", "order_b", "order_k", "l"]
-ROWS = ["x_b", "x_l", "x_k", "x_h", "dy_b", "dy_l", "dy_k", "dy_h"]
-HEADS = [*SIZES, *ROWS, "B_b", "B_l", "B_k", "B_g", "C_b", "C_l", "C_k", "C_g", "D_k", "D_h"]
-MAPS = [*SIZES, "g", "per_part", "parts", "part_rows", *ROWS, "B_b", "B_l", "B_k", "B_g", "C_b", "C_l", "C_k", "C_g"]
+PARTS = [*SIZES, "g", "per_part", "parts"]
+STRIDES = ["x_b", "x_l", "x_k", "x_h", "dy_b", "dy_l", "dy_k", "dy_h", *(f"{t}_{i}" for t in "BC" for i in "blkg")]
+HEADS = [*PARTS, *STRIDES, "D_k", "D_h"]
+MAPS = [*PARTS, "part_rows", *STRIDES]
 
 
 @triton.jit(do_not_specialize=HEADS)
 def ssd_backward_heads(
     x, A, B, C, D, deltas, sums_of_steps, slopes, order, first_chunk, states, ahead, dy, dx, ddt, ddecay, sums_of_heads,
-    m, k, h, per_group, chunks, rows, order_b, order_k, l,
+    m, k, h, per_group, chunks, rows, order_b, order_k, l, g, per_part, parts,
     x_b, x_l, x_k, x_h, dy_b, dy_l, dy_k, dy_h,
     B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, D_k, D_h,
     DP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, Q: tl.constexpr,
@@ -36,14 +37,14 @@ def ssd_backward_heads(
     leave them. The gradient in the decays is a sum over pairs of an earlier and a later step: nothing cancels in it.
     """
     pid = tl.program_id(0)
-    head = (pid % h).to(tl.int64)
-    direction = (pid // h % k).to(tl.int64)
-    chunk = pid // h // k % chunks
-    sample = (pid // h // k // chunks).to(tl.int64)
+    part = pid % parts
+    group = pid // parts % g
+    direction = (pid // parts // g % k).to(tl.int64)
+    chunk = pid // parts // g // k % chunks
+    sample = (pid // parts // g // k // chunks).to(tl.int64)
     if first_chunk is not None:
         if chunk >= tl.load(first_chunk + direction * (rows + 1) + rows):
             return
-    group = head // per_group
     state_lane = tl.arange(0, NP)
     state_ok = state_lane < N
     tokens = tokens_of_chunk(order + sample * order_b + direction * order_k, chunk, m, Q)
@@ -51,72 +52,73 @@ def ssd_backward_heads(
     C += (sample * C_b + direction * C_k + group * C_g) * VN
     maps_in = load_tile(B, tokens, B_l * VN, state_lane, state_ok, WIDE).to(DTYPE)
     maps_out = load_tile(C, tokens, C_l * VN, state_lane, state_ok, WIDE).to(DTYPE)
-    x += (sample * x_b + direction * x_k + head * x_h) * V
-    dy += (sample * dy_b + direction * dy_k + head * dy_h) * V
-    in_rows = (sample * l * k + direction) * h + head
+    overlap = product(maps_out, tl.trans(maps_in), PRECISION)
+    x += (sample * x_b + direction * x_k) * V
+    dy += (sample * dy_b + direction * dy_k) * V
+    in_rows = (sample * l * k + direction) * h
     dx += in_rows * P
     ddt += in_rows
-    in_k = direction * h + head
-    place = ((sample * k + direction) * chunks + chunk) * h + head
-    deltas += place * Q
-    sums_of_steps += place * Q
-    slopes += place * Q
-    states += place * (N * P)
-    ahead += place * (N * P)
-    sums_of_heads += (((sample * chunks + chunk) * k + direction) * h + head) * (P + 2)
-
-    step = tl.arange(0, Q)
-    delta = tl.load(deltas + step)
-    sums = tl.load(sums_of_steps + step)
-    total = tl.load(sums_of_steps + Q - 1)
-    left = tl.exp2(total - sums)
-    mixed = product(maps_out, tl.trans(maps_in), PRECISION) * causal(sums, Q)
-    scaled = tl.trans((mixed * delta[None, :]).to(DTYPE))
-    later = tl.zeros((Q,), tl.float32)  # for each step, what it reads from earlier ones of the chunk
-    earlier = tl.zeros((Q,), tl.float32)  # what later ones read from it
-    from_state = tl.zeros((Q,), tl.float32)
-    to_state = tl.zeros((Q,), tl.float32)
-    through = 0.0
-    for block in tl.static_range(0, P, PB):
-        lane = block + tl.arange(0, PB)
-        lane_ok = lane < P
-        inside, exists = in_states(block // PB, N, NP, P, PB)
-        value = load_tile(x, tokens, x_l * V, lane, lane_ok, WIDE)
-        grad = load_tile(dy, tokens, dy_l * V, lane, lane_ok, WIDE)
-        coming = tl.load(ahead + inside, mask=exists, other=0.0)
-        state = tl.load(states + inside, mask=exists, other=0.0)
-        through += tl.sum(tl.sum(state.to(tl.float32) * coming.to(tl.float32), axis=1), axis=0)
-        wide = value.to(tl.float32)
-        steep = grad.to(tl.float32)
-
-        gradient = product(maps_in, coming, PRECISION) * left[:, None]
-        to_state += tl.sum(gradient * wide, axis=1)
-        gradient = gradient * delta[:, None] + product(scaled, grad.to(DTYPE), PRECISION)
-        if D is not None:
-            skip = tl.load(D + direction * D_k + head * D_h + lane * DP, mask=lane_ok, other=0.0)
-            gradient += skip[None, :] * steep
-            tl.store(sums_of_heads + lane, tl.sum(steep * wide, axis=0), mask=lane_ok)
-        store_tile(dx, tokens, k * h * P, lane, lane_ok, gradient, WIDE)
-
-        read = product(maps_out, state, PRECISION)
-        from_state += tl.sum(read * steep, axis=1) * tl.exp2(sums)
-        pairs = product(grad.to(DTYPE), tl.trans(value.to(DTYPE)), PRECISION) * mixed
-        later += tl.sum(pairs * delta[None, :], axis=1)
-        earlier += tl.sum(pairs, axis=0)
-
-    gone = to_state * delta
-    own = later - earlier * delta + from_state
-    dlog = tl.cumsum(own, 0, reverse=True) + (tl.cumsum(gone, 0) - gone) + tl.exp2(total) * through
-    ddelta = earlier + to_state
-    at = tokens.to(tl.int64) if WIDE else tokens
     if ddecay is not None:
-        tl.store(ddecay + in_rows + at * (k * h), dlog, mask=tokens >= 0)
-    else:
-        tl.store(sums_of_heads + P, tl.sum(dlog * delta, axis=0))
-        ddelta += tl.load(A + in_k) * dlog
-    ddelta *= tl.load(slopes + step)
-    tl.store(ddt + at * (k * h), ddelta, mask=tokens >= 0)
-    tl.store(sums_of_heads + P + 1, tl.sum(ddelta, axis=0))
+        ddecay += in_rows
+    place = ((sample * k + direction) * chunks + chunk) * h
+    sums_of_heads += ((sample * chunks + chunk) * k + direction) * h * (P + 2)
+    step = tl.arange(0, Q)
+    at_tokens = tokens.to(tl.int64) if WIDE else tokens
+    start = group * per_group + part * per_part
+    stop = tl.minimum(start + per_part, (group + 1) * per_group)
+    for head in range(start, stop):
+        at = place + head
+        in_k = direction * h + head
+        delta = tl.load(deltas + at * Q + step)
+        sums = tl.load(sums_of_steps + at * Q + step)
+        total = tl.load(sums_of_steps + at * Q + Q - 1)
+        left = tl.exp2(total - sums)
+        mixed = overlap * causal(sums, Q)
+        scaled = tl.trans((mixed * delta[None, :]).to(DTYPE))
+        later = tl.zeros((Q,), tl.float32)  # for each step, what it reads from earlier ones of the chunk
+        earlier = tl.zeros((Q,), tl.float32)  # what later ones read from it
+        from_state = tl.zeros((Q,), tl.float32)
+        to_state = tl.zeros((Q,), tl.float32)
+        through = 0.0
+        for block in tl.static_range(0, P, PB):
+            lane = block + tl.arange(0, PB)
+            lane_ok = lane < P
+            inside, exists = in_states(block // PB, N, NP, P, PB)
+            value = load_tile(x + head * x_h * V, tokens, x_l * V, lane, lane_ok, WIDE)
+            grad = load_tile(dy + head * dy_h * V, tokens, dy_l * V, lane, lane_ok, WIDE)
+            coming = tl.load(ahead + at * (N * P) + inside, mask=exists, other=0.0)
+            state = tl.load(states + at * (N * P) + inside, mask=exists, other=0.0)
+            through += tl.sum(tl.sum(state.to(tl.float32) * coming.to(tl.float32), axis=1), axis=0)
+            wide = value.to(tl.float32)
+            steep = grad.to(tl.float32)
+
+            pairs = product(grad.to(DTYPE), tl.trans(value.to(DTYPE)), PRECISION) * mixed
+            later += tl.sum(pairs * delta[None, :], axis=1)
+            earlier += tl.sum(pairs, axis=0)
+
+            read = product(maps_out, state, PRECISION)
+            from_state += tl.sum(read * steep, axis=1) * tl.exp2(sums)
+            gradient = product(maps_in, coming, PRECISION) * left[:, None]
+            to_state += tl.sum(gradient * wide, axis=1)
+            gradient = gradient * delta[:, None] + product(scaled, grad.to(DTYPE), PRECISION)
+            if D is not None:
+                skip = tl.load(D + direction * D_k + head * D_h + lane * DP, mask=lane_ok, other=0.0)
+                gradient += skip[None, :] * steep
+                tl.store(sums_of_heads + head * (P + 2) + lane, tl.sum(steep * wide, axis=0), mask=lane_ok)
+            store_tile(dx + head * P, tokens, k * h * P, lane, lane_ok, gradient, WIDE)
+
+        gone = to_state * delta
+        own = later - earlier * delta + from_state
+        dlog = tl.cumsum(own, 0, reverse=True) + (tl.cumsum(gone, 0) - gone) + tl.exp2(total) * through
+        ddelta = earlier + to_state
+        if ddecay is not None:
+            tl.store(ddecay + head + at_tokens * (k * h), dlog, mask=tokens >= 0)
+        else:
+            tl.store(sums_of_heads + head * (P + 2) + P, tl.sum(dlog * delta, axis=0))
+            ddelta += tl.load(A + in_k) * dlog
+        ddelta *= tl.load(slopes + at * Q + step)
+        tl.store(ddt + head + at_tokens * (k * h), ddelta, mask=tokens >= 0)
+        tl.store(sums_of_heads + head * (P + 2) + P + 1, tl.sum(ddelta, axis=0))
 
 
 @triton.jit(do_not_specialize=MAPS)

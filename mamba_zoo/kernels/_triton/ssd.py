@@ -46,10 +46,11 @@ class Shape:
 # halves; otherwise they do the same work twice, and Triton 3.6 may read operands of the second half beyond the tile:
 # on an H100, float32 tiles of 16 states were wrong or failed with eight warps and right with four.
 # What the compiler says for sm_90 (triton 3.6; 128 states, 64 channels a head): registers of a lane, bytes that it
-# spills, shared memory; bfloat16: 255, 304, 91 kB; 97, 0, 82 kB; 199, 0, 98 kB; 228, 0, 140 kB.
-FORWARD, STATES, HEADS, MAPS = Shape(4, 2), Shape(8, 3), Shape(4), Shape(8, 3)
+# spills, shared memory; bfloat16: 255, 304, 91 kB; 97, 0, 82 kB; 255, 304, 92 kB; 228, 0, 140 kB. What HEADS spills costs
+# less than it gains by fetching the next head meanwhile: 919 to 846 us on an H200 at 65,536 tokens.
+FORWARD, STATES, HEADS, MAPS = Shape(4, 2), Shape(8, 3), Shape(4, 2), Shape(8, 3)
 _SHARED = 144 * 1024  # bytes that MAPS needs at most; GPUs with less (8.6, 8.9, 12.0) get a stage less
-# Float32 operands take twice the room; float16 tokens: 255, 64, 66 kB; 128, 0, 37 kB; 255, 944, 66 kB; 255, 408, 49 kB.
+# Float32 operands take twice the room; float16 tokens: 255, 64, 66 kB; 128, 0, 37 kB; 255, 1632, 66 kB; 255, 408, 49 kB.
 WIDE_FORWARD, WIDE_STATES, WIDE_HEADS, WIDE_MAPS = Shape(4), Shape(8, 2), Shape(4), Shape(4)
 
 
@@ -123,11 +124,11 @@ def launch_shape(kernel: str, n: int, p: int, dtype: torch.dtype, shared: int = 
         wide = {"forward": WIDE_FORWARD, "states": WIDE_STATES, "heads": WIDE_HEADS, "maps": WIDE_MAPS}
         return wide[kernel], channels
     shape = {"forward": FORWARD, "states": STATES, "heads": HEADS, "maps": MAPS}[kernel]
-    if kernel == "maps":
+    if kernel in ("heads", "maps"):
         warps = shape.warps if n > 32 else 4
+        more = n <= 64 if kernel == "heads" else -(shared < _SHARED)
         # The blocks of channels are unrolled, and so would be their buffers; those of many states do not fit.
-        stages = shape.stages if shared >= _SHARED else 2
-        shape = Shape(warps, 1 if p > channels or n > 128 else stages)
+        shape = Shape(warps, 1 if p > channels or n > 128 else shape.stages + more)
     return shape, channels
 
 
@@ -236,21 +237,20 @@ class _Plan:
 
         of_dy = _strides(dy, width)
         self.ahead = Launch(ssd_states, programs, (*sizes, *of_dy, *of_C), {"REVERSE": True, **made("states")})
-        sizes = (m, k, h, h // g, chunks, rows, *in_order, l)
-        self.sums_shape = (b * chunks, k, h, p + 2)
-        self.heads = Launch(
-            ssd_backward_heads,
-            b * chunks * k * h,
-            (*sizes, *of_x, *of_dy, *of_B, *of_C, *of_D),
-            {"DP": within_D, **made("heads")},
-        )
         groups = b * chunks * k * g
         per_part = -(-h // g // max(1, min(h // g, _PROGRAMS // groups)))
         self.parts = -(-h // g // per_part)
-        self.maps_shape = (self.parts, b, l, k, g, n)
+        sizes = (m, k, h, h // g, chunks, rows, *in_order, l, g, per_part, self.parts)
+        strides = (*of_x, *of_dy, *of_B, *of_C)
+        self.sums_shape, self.maps_shape = (b * chunks, k, h, p + 2), (self.parts, b, l, k, g, n)
+        self.heads = Launch(
+            ssd_backward_heads,
+            groups * self.parts,
+            (*sizes, *strides, *of_D),
+            {"DP": within_D, **made("heads")},
+        )
         self.maps = Launch(
-            ssd_backward_maps, groups * self.parts,
-            (*sizes, g, per_part, self.parts, b * l * k * g, *of_x, *of_dy, *of_B, *of_C), made("maps"),
+            ssd_backward_maps, groups * self.parts, (*sizes, b * l * k * g, *strides), made("maps")
         )  # fmt: skip
 
 
