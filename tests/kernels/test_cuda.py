@@ -214,6 +214,26 @@ def test_without_bindings_the_reason_is_given(monkeypatch):
         _cuda._unavailable.cache_clear()
 
 
+@needs_nvrtc
+@pytest.mark.parametrize(("capability", "served"), [((9, 0), True), ((7, 0), False), ((99, 0), False)])
+def test_a_gpu_that_the_compiler_does_not_know_is_left_to_triton(monkeypatch, capability, served):
+    from mamba_zoo.kernels import _backend
+    from mamba_zoo.kernels._cuda import nvrtc
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(nvrtc, "capability", lambda device: capability)
+    caches = (nvrtc.architecture, _cuda._unavailable, _backend._fastest)
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        assert _backend.choose("auto", torch.device("cuda"), torch.float32) == ("cuda" if served else "triton")
+        reason = refusals("cuda")["cuda"]
+        assert reason is None if served else f"compute capability {capability[0]}.0" in str(reason)
+    finally:
+        for cached in caches:
+            cached.cache_clear()
+
+
 def test_too_many_states_name_the_way_out():
     from mamba_zoo.kernels._cuda import _plan
 

@@ -32,4 +32,11 @@ def _unavailable() -> str | None:
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError, OSError) as error:
         return f"NVRTC cannot be loaded (pip install nvidia-cuda-nvrtc): {error}"
+    from .nvrtc import architecture
+
+    try:
+        for device in range(torch.cuda.device_count()):
+            architecture(device)
+    except RuntimeError as error:  # older than the GPU, or so new that it has dropped it
+        return str(error)
     return None

@@ -91,7 +91,7 @@ def architecture(device: int) -> str:
     if not fitting:
         raise RuntimeError(
             f"NVRTC {'.'.join(map(str, _version()))} cannot compile for compute capability {major}.{minor}; "
-            "upgrade nvidia-cuda-nvrtc, or use backend='triton'"
+            "another version of nvidia-cuda-nvrtc may"
         )
     return f"sm_{max(fitting)}"
 
