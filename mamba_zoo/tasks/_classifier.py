@@ -188,22 +188,20 @@ def write_classes(
     probabilities: Tensor,
     class_names: Sequence[str],
     top: int = 5,
-    column: str = "file",
 ) -> None:
     """A CSV file with the likeliest classes of each item.
 
     Args:
         out: Of the file.
-        items: What each row is about, such as paths.
+        items: What each row is about: paths, or columns that say it.
         probabilities: `(items, classes)`.
         class_names: In the order of the class numbers.
         top: Classes to list for each item.
-        column: What an item is, as the head of the first column.
     """
     rows = []
     for item, scores in zip(items, probabilities, strict=True):
         values, indices = scores.topk(min(top, len(class_names)))
-        row: dict[str, Any] = {column: str(item)}
+        row: dict[str, Any] = dict(item) if isinstance(item, Mapping) else {"file": str(item)}
         for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist(), strict=True), start=1):
             suffix = "" if rank == 1 else f"_{rank}"
             row |= {f"predicted{suffix}": class_names[index], f"probability{suffix}": f"{value:.6f}"}

@@ -61,7 +61,8 @@ def read_folder(folder: Path) -> list[Any]:
     A row of `nodes.csv` is a node: `graph` (its number from 0; one graph without this column), `label`, `split` (train,
     val or test), and features in all other columns. A row of `edges.csv` is a directed edge: `source` and `target`, the
     numbers of nodes within their graph, `graph` likewise, `label` (a number to predict), and features. A row of
-    `graphs.csv` is a graph: `label` (or several columns of targets) and `split`. Labels of classes are numbers from 0.
+    `graphs.csv` is a graph: `label` (or several columns of targets) and `split`; with `split` alone, the labels are
+    those of the nodes. Labels of classes are numbers from 0.
 
     Raises:
         FileNotFoundError: a table is missing.
@@ -92,13 +93,14 @@ def read_folder(folder: Path) -> list[Any]:
         if joined.numel() and int(joined.max()) >= int(mine.sum()):
             raise ValueError(f"{folder / 'edges.csv'}: graph {i} has no node {int(joined.max())}")
         rows = np.flatnonzero(of_node == i)
-        if "label" in nodes and graphs is None:
+        if "label" in nodes and (graphs is None or set(graphs) <= {"split"}):
             data.y = _labels(nodes)[mine]
         if "split" in nodes and graphs is None:
             data.split_of_node = [nodes["split"][row] for row in rows]
         if graphs is not None:
             targets = [key for key in graphs if key != "split"]
-            data.y = torch.tensor([[float(graphs[key][i]) for key in targets]]) if targets else None
+            if targets:
+                data.y = torch.tensor([[float(graphs[key][i]) for key in targets]])
             data.split_name = graphs["split"][i] if "split" in graphs else None
         found.append(data)
     return found

@@ -118,7 +118,9 @@ class GraphClassifier(Ordered, Classifier):
         """Class probabilities of the graphs of a source, as CSV."""
         data = source_of(self, args)
         probabilities = torch.cat([self.predict_step(batch, 0) for batch in batches_of(data.graphs, args.batch_size)])
-        return _write(args, range(len(probabilities)), probabilities, self.class_names, "graphs")
+        return _write(
+            args, [{"graph": i} for i in range(len(probabilities))], probabilities, self.class_names, "graphs"
+        )
 
 
 class NodeClassifier(GraphClassifier):
@@ -172,19 +174,13 @@ class NodeClassifier(GraphClassifier):
         return len(batch[1])
 
     def predict_files(self, args: argparse.Namespace) -> str:
-        """Class probabilities of the nodes of a graph, as CSV."""
-        graph = self._prepared(args)
+        """Class probabilities of the nodes of one graph or several, as CSV."""
+        names, found = [], []
         with torch.no_grad():
-            probabilities = self.inference_net(graph).float().softmax(-1)
-        return _write(args, range(len(probabilities)), probabilities, self.class_names, "nodes")
-
-    def _prepared(self, args: argparse.Namespace) -> Any:
-        from .graph_data import normalized
-
-        graph = source_of(self, args).graph
-        if self.hparams["row_normalize"]:
-            graph.x = normalized(graph.x)
-        return graph
+            for named, batch in source_of(self, args).node_batches(self.hparams["row_normalize"], args.batch_size):
+                names += named
+                found.append(self.inference_net(batch).float().softmax(-1))
+        return _write(args, names, torch.cat(found), self.class_names, "nodes")
 
 
 class EdgeClassifier(NodeClassifier):
@@ -250,7 +246,7 @@ class EdgeClassifier(NodeClassifier):
 
         if args.pairs is None:
             raise ValueError("which pairs of nodes? Give --pairs FILE, a CSV with columns source and target")
-        graph = self._prepared(args)
+        graph = source_of(self, args).prepared_graph(self.hparams["row_normalize"])
         graph.edge_label_index = read_pairs(args.pairs, graph.num_nodes)
         with torch.no_grad():
             joined = self.inference_net(graph).float().softmax(-1)[:, 1]
@@ -285,7 +281,8 @@ def source_of(task: Any, args: argparse.Namespace) -> Any:
     Raises:
         ValueError: their nodes have another number of features than those that the model was trained with.
     """
-    from .graph_data import GraphSource, NodeData
+    from .graph_data import GraphSource
+    from .graph_nodes import NodeData
 
     kind = GraphSource if task.level == "graph" else NodeData
     data = kind(str(args.data), task.hparams["pe"], task.hparams["pe_steps"], download_dir=args.download_dir)
@@ -310,5 +307,5 @@ def batches_of(graphs: list[Any], size: int) -> list[Any]:
 
 def _write(args: argparse.Namespace, items: Any, probabilities: Tensor, names: list[str], unit: str) -> str:
     out = Path(args.out or "predictions.csv")
-    write_classes(out, [str(i) for i in items], probabilities.detach(), names, column=unit.removesuffix("s"))
+    write_classes(out, items, probabilities.detach(), names)
     return f"{len(probabilities):,} {unit} -> {out}"

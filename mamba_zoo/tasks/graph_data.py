@@ -1,4 +1,4 @@
-"""Graphs to train on, whole or by their nodes: data sets of PyTorch Geometric, folders, bundled ones."""
+"""Graphs to train on: data sets of PyTorch Geometric, folders, bundled ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..scans.graph import Graphs, graph_orders, order_key
 from ._data import TaskData
-from ._graph_files import DIGITS, KARATE, read_graphs
+from ._graph_files import DIGITS, read_graphs
 from .epochs import EpochLoader
 
 Positions = Literal["none", "lap", "rwse"]
@@ -302,129 +302,3 @@ class TargetData(GraphData):
 
     def _targets(self) -> Tensor:
         return torch.stack([data.y.reshape(-1).float() for data in self.split("train").items])
-
-
-class NodeData(GraphSource):
-    """One graph whose nodes have classes; an item is the whole graph with the nodes that count.
-
-    Args:
-        root: "karate", "planetoid:Cora" and its like with their public splits, any other of PyG's, or a folder.
-        pe: See `GraphSource`, as for all that are not described here.
-        pe_steps: See `GraphSource`.
-        row_normalize: Scale every node's features to a sum of 1, as is usual for bags of words.
-        steps_per_epoch: Steps an epoch, each over the whole graph.
-        split_seed: See `GraphSource`; a graph without validation or test nodes has them drawn from the unused ones. Of
-            several splits that a data set comes with, the number of the one that is taken.
-        num_workers: Not used: the graph stays in memory.
-        download_dir: See `GraphSource`.
-    """
-
-    tells: ClassVar[Mapping[str, str]] = {
-        **GraphSource.tells, "num_classes": "num_classes", "row_normalize": "row_normalize",
-    }  # fmt: skip
-
-    def __init__(
-        self,
-        root: str = KARATE,
-        pe: Positions = "none",
-        pe_steps: int = 16,
-        row_normalize: bool = True,
-        steps_per_epoch: int = 10,
-        split_seed: int = 0,
-        num_workers: int = 0,
-        download_dir: str = "data",
-    ) -> None:
-        super().__init__(root, pe, pe_steps, split_seed, 1, 0, download_dir)
-        self.row_normalize, self.steps_per_epoch = row_normalize, steps_per_epoch
-        self._here: tuple[Any, Any] = (None, None)
-        self.save_hyperparameters(logger=False)
-
-    @property
-    def graph(self) -> Any:
-        """The graph."""
-        if len(self.graphs) != 1:
-            raise ValueError(f"{self.root} holds {len(self.graphs)} graphs; this task takes one")
-        return self.graphs[0]
-
-    @property
-    def num_classes(self) -> int:
-        """Classes."""
-        if self.graph.get("y") is None:
-            raise ValueError(f"the nodes of {self.root} have no labels")
-        if self.graph.y.is_floating_point():
-            raise ValueError(
-                f"labels of the nodes of {self.root} are no class numbers; train them with --task node-regression"
-            )
-        return int(self.graph.y.max()) + 1
-
-    def parts(self) -> dict[str, Dataset]:
-        """The graph with the nodes of each split."""
-        data = self.graph
-        if self.row_normalize:
-            data.x = normalized(data.x)
-        where = self._nodes(data)
-        for key in ("split_of_node",):
-            if key in data:
-                del data[key]
-        return {
-            part: Items([(data, nodes)] * (self.steps_per_epoch if part == "train" else 1))
-            for part, nodes in where.items()
-        }
-
-    def describe(self, unit: str) -> list[tuple[str, str]]:
-        """Rows for the summary of a run."""
-        counts = ", ".join(f"{len(self.split(part)[0][1]):,} {part}" for part in ("train", "val", "test"))
-        return [("graph", f"{self.graph.num_nodes:,} nodes, {self.graph.num_edges:,} edges"), (unit, counts)]
-
-    def count(self, data: Dataset) -> int:
-        """Nodes, pairs or edges that are scored, not graphs."""
-        return sum(len(item[1]) for item in data)
-
-    def loader(self, data: Dataset, batch_size: int, num_workers: int, **options: Any) -> DataLoader:
-        """The items as they are, one a batch."""
-        return EpochLoader(data, batch_size=1, collate_fn=_only, **options)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The graph is moved once, and stays there."""
-        data, nodes = batch
-        if self._here[0] is not data or self._here[1].edge_index.device != device:
-            with torch.inference_mode(False):  # a test may come first, and training must be able to use its copy
-                self._here = (data, data.clone().to(device))
-        return self._here[1], nodes.to(device)
-
-    def _nodes(self, data: Any) -> dict[str, Tensor]:
-        if "split_of_node" in data:
-            names = np.array(data.split_of_node)
-            return {part: torch.from_numpy(np.flatnonzero(names == part)) for part in ("train", "val", "test")}
-        masks = {part: data.get(f"{part}_mask") for part in ("train", "val", "test")}
-        masks = {  # some data sets have several splits, a column each
-            part: mask[:, self.split_seed % mask.shape[1]] if mask is not None and mask.dim() == 2 else mask
-            for part, mask in masks.items()
-        }
-        found = {part: mask.nonzero()[:, 0] for part, mask in masks.items() if mask is not None}
-        if len(found) == 3:
-            return found
-        taken = torch.zeros(data.num_nodes, dtype=torch.bool)
-        for nodes in found.values():
-            taken[nodes] = True
-        draw = torch.Generator().manual_seed(self.split_seed)
-        free = (~taken).nonzero()[:, 0]
-        free = free[torch.randperm(len(free), generator=draw)]
-        missing = [part for part in ("train", "val", "test") if part not in found]
-        shares = {"train": 6, "val": 2, "test": 2} if len(missing) == 3 else {"val": 1, "test": 2, "train": 1}
-        total, at = sum(shares[part] for part in missing), 0
-        for part in missing:
-            size = round(len(free) * shares[part] / total)
-            found[part] = free[at:].sort().values if part == missing[-1] else free[at : at + size].sort().values
-            at += size
-        return found
-
-
-def normalized(x: Tensor) -> Tensor:
-    """Rows of counts or weights `(n, features)` scaled to a sum of 1; rows of zeros stay."""
-    total = x.sum(1, keepdim=True)
-    return x / torch.where(total == 0, 1.0, total)
-
-
-def _only(items: list[Any]) -> Any:
-    return items[0]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ._graph_files import KARATE
-from .graph_data import GraphSource, Items, NodeData, Positions, normalized
+from .graph_data import GraphSource, Items, Positions
+from .graph_nodes import NodeData, normalized
 
 
 class EdgeData(NodeData):

@@ -226,16 +226,11 @@ class NodeRegressor(GraphRegressor):
 
     def predict_source(self, data: Any, batch_size: int) -> tuple[list[dict[str, Any]], Tensor]:
         """Every node, and its predictions."""
-        graph = self._prepared(data)
-        found = self.predict_step((graph, torch.arange(graph.num_nodes)), 0)
-        return [{"node": i} for i in range(len(found))], found
-
-    def _prepared(self, data: Any) -> Any:
-        from .graph_data import normalized
-
-        if self.hparams["row_normalize"]:
-            data.graph.x = normalized(data.graph.x)
-        return data.graph
+        names, found = [], []
+        for named, batch in data.node_batches(self.hparams["row_normalize"], batch_size):
+            names += named
+            found.append(self.predict_step((batch, torch.arange(batch.num_nodes)), 0))
+        return names, torch.cat(found)
 
 
 class EdgeRegressor(NodeRegressor):
@@ -254,7 +249,7 @@ class EdgeRegressor(NodeRegressor):
 
     def predict_source(self, data: Any, batch_size: int) -> tuple[list[dict[str, Any]], Tensor]:
         """Every edge by its two nodes, and its predictions."""
-        graph = self._prepared(data)
+        graph = data.prepared_graph(self.hparams["row_normalize"])
         graph.edge_label_index = graph.edge_index
         found = self.inference_net(graph).float() * self.scale + self.center
         return [{"source": a, "target": b} for a, b in graph.edge_index.T.tolist()], found

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ._graph_files import TIES
-from .graph_data import GraphSource, Items, NodeData, Positions, normalized
+from .graph_data import GraphSource, Items, Positions
+from .graph_nodes import NodeData, normalized
 
 
 class NodeTargetData(NodeData):
-    """One graph whose nodes have one or more numbers each; see `NodeData` for what is not described.
+    """Graphs whose nodes have one or more numbers each; see `NodeData` for what is not described.
 
     Args:
         root: "karate-ties", whose members have the strength of all their ties together, or a folder whose nodes have
@@ -27,6 +28,7 @@ class NodeTargetData(NodeData):
         split_seed: See `GraphSource`; nodes without a split of their own are drawn for it.
         num_workers: Not used.
         download_dir: See `GraphSource`.
+        batch_size: See `NodeData`.
     """
 
     tells: ClassVar[Mapping[str, str]] = {
@@ -43,8 +45,11 @@ class NodeTargetData(NodeData):
         split_seed: int = 0,
         num_workers: int = 0,
         download_dir: str = "data",
+        batch_size: int = 32,
     ) -> None:
-        super().__init__(root, pe, pe_steps, row_normalize, steps_per_epoch, split_seed, num_workers, download_dir)
+        super().__init__(
+            root, pe, pe_steps, row_normalize, steps_per_epoch, split_seed, num_workers, download_dir, batch_size
+        )
         self.save_hyperparameters(logger=False)
 
     @property
@@ -63,6 +68,10 @@ class NodeTargetData(NodeData):
         Raises:
             ValueError: nodes without labels.
         """
+        if self.several:
+            graphs = self.split("train").items
+            labels = self.node_labels(graphs)
+            return labels.view(len(labels), -1).float()
         if self.graph.get("y") is None:
             raise ValueError(f"the nodes of {self.root} have no labels to predict")
         data, nodes = self.split("train")[0]

@@ -92,7 +92,7 @@ TASKS: dict[str, TaskEntry] = {
         (("digits", "graph_digits_regression"), (r"moleculenet:.*", "graph_esol"), (".*", "graph_digits_regression")),
     ),
     "node-classification": TaskEntry(
-        ".graph:NodeClassifier", ".graph_data:NodeData", "name the nodes of a graph",
+        ".graph:NodeClassifier", ".graph_nodes:NodeData", "name the nodes of one graph or several",
         (("karate", "graph_karate"), (r"planetoid:.*", "graph_cora"), (".*", "graph_karate")),
     ),
     "edge-classification": TaskEntry(

@@ -16,8 +16,9 @@ from mamba_zoo.tasks import train_once
 from mamba_zoo.tasks._graph_files import read_folder, read_graphs
 from mamba_zoo.tasks._graph_nets import BASELINES, build_graph_model
 from mamba_zoo.tasks.graph import GraphClassifier
-from mamba_zoo.tasks.graph_data import GraphData, NodeData, TargetData, normalized
+from mamba_zoo.tasks.graph_data import GraphData, TargetData
 from mamba_zoo.tasks.graph_edges import EdgeData
+from mamba_zoo.tasks.graph_nodes import NodeData, normalized
 from mamba_zoo.tasks.graph_targets import EdgeTargetData, NodeTargetData
 from mamba_zoo.tasks.registry import load_task
 from mamba_zoo.tasks.running import quiet, quiet_trainer
@@ -330,6 +331,64 @@ def test_numbers_of_nodes_and_edges_of_a_folder(folder):
         EdgeTargetData("karate").setup()
     with pytest.raises(ValueError, match=r"val_fraction=0\.0"):
         EdgeTargetData(val_fraction=0.0)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Path:
+    """Thirty paths of three to six nodes; the label of a node says whether it is an end."""
+    nodes, edges = ["graph,one,label"], ["graph,source,target"]
+    for g in range(30):
+        n = 3 + g % 4
+        nodes += [f"{g},1,{int(v in (0, n - 1))}" for v in range(n)]
+        edges += [f"{g},{a},{b}" for v in range(n - 1) for a, b in ((v, v + 1), (v + 1, v))]
+    folder = tmp_path / "paths"
+    folder.mkdir()
+    (folder / "nodes.csv").write_text("\n".join(nodes))
+    (folder / "edges.csv").write_text("\n".join(edges))
+    return folder
+
+
+@pytest.mark.parametrize("task", ["node-classification", "node-regression"])
+def test_nodes_of_several_graphs_are_learnt(task, paths, tmp_path, capsys):
+    data = (NodeData if task == "node-classification" else NodeTargetData)(str(paths), batch_size=8)
+    sizes = {part: len(data.split(part)) for part in ("train", "val", "test")}
+    assert sizes == {"train": 24, "val": 3, "test": 3}
+    model = {"options": {"dim": 16, "depth": 1, "local": "gin"}, "lr": 0.02, "warmup_epochs": 0}
+    result = train_once("graph_mamba", data, tmp_path / "run", "bfs", max_epochs=12, model=model, task=task)
+    assert result["accuracy"] == 1 if task == "node-classification" else result["rmse"] < 0.2
+    assert all(order_key("bfs") in graph for graph in data.all_graphs())
+    tested = sum(graph.num_nodes for graph in data.split("test").items)
+    assert len(np.load(tmp_path / "run" / "test_items.npy")) == tested
+    out = tmp_path / "p.csv"
+    assert main(["test", "--checkpoint", str(tmp_path / "run"), "--data", str(paths)]) == 0
+    assert f"graph_mamba: {tested} nodes" in capsys.readouterr().out
+    command = ["predict", "--checkpoint", str(tmp_path / "run"), "--data", str(paths), "--out", str(out)]
+    assert main([*command, "--batch-size", "7"]) == 0
+    found = rows(out)
+    assert [(row["graph"], row["node"]) for row in found[:4]] == [("0", "0"), ("0", "1"), ("0", "2"), ("1", "0")]
+    assert len(found) == sum(3 + g % 4 for g in range(30))
+    if task == "node-classification":
+        assert all((row["predicted"] == "1") == (row["node"] in ("0", str(2 + int(row["graph"]) % 4))) for row in found)
+
+
+def test_splits_of_several_graphs(paths):
+    (paths / "graphs.csv").write_text("split\n" + "train\n" * 20 + "val\n" * 6 + "test\n" * 4)
+    data = NodeData(str(paths))
+    assert [len(data.split(part)) for part in ("train", "val", "test")] == [20, 6, 4]
+    assert data.describe("nodes")[0] == ("graphs", "20 train, 6 val, 4 test")
+    (paths / "graphs.csv").write_text("split\n" + "train\n" * 30)
+    with pytest.raises(ValueError, match="has no val graphs"):
+        NodeData(str(paths)).setup()
+    (paths / "graphs.csv").write_text("label\n" + "1\n" * 30)
+    with pytest.raises(ValueError, match=r"1 labels for 3 nodes; .* --task graph-classification"):
+        _ = NodeData(str(paths)).num_classes
+    (paths / "graphs.csv").unlink()
+    text = (paths / "nodes.csv").read_text().splitlines()
+    (paths / "nodes.csv").write_text("\n".join([f"{text[0]},split", *(f"{line},train" for line in text[1:])]))
+    with pytest.raises(ValueError, match="is one of nodes, which goes with one graph"):
+        NodeData(str(paths)).setup()
+    with pytest.raises(ValueError, match="holds 1797 graphs; this task takes one"):
+        EdgeData("digits").setup()
 
 
 def test_labels_of_nodes_are_none_of_graphs(folder):
