@@ -107,15 +107,20 @@ def main(arguments: list[str] | None = None) -> None:
                     place_of = columns.index("forward")
                     cells[place_of] = f"[{'green' if found['forward'] <= goal else 'red'}]{cells[place_of]}[/]"
                 table.add_row(name, caches, *cells)
+                if options.out:
+                    write(rows, place, options.out)  # after each: what is measured stays if the rest is cut off
     console.print(table)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("w", newline="") as file:
-            file.write(f"# {place}; torch {torch.__version__}; python {platform.python_version()}; ")
-            file.write(f"python -m benchmarks.first_call {' '.join(sys.argv[1:])}\n")
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+
+
+def write(rows: list[dict[str, Any]], place: str, path: Path) -> None:
+    """CSV, its first line saying where it was made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.write(f"# {place}; torch {torch.__version__}; python {platform.python_version()}; ")
+        file.write("python -m benchmarks.first_call\n")
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":
