@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", nargs="+", default=["cuda", "triton"])
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
-    parser.add_argument("--shape", nargs="+", help="names; all by default")
+    parser.add_argument("--shape", nargs="+", choices=[shape.name for shape in scan_shapes()], help="all by default")
     parser.add_argument("--reduce", choices=["sum", "mean"], help="reduce over directions, as the models do")
     parser.add_argument("--out", type=Path, help="CSV file")
     options = parser.parse_args(arguments)

@@ -322,6 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="GPU: how models are called")
     parser.add_argument("--out", type=Path, help="CSV file, written row by row")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device")
     if options.device == "cpu":
         where, fields = platform.processor() or platform.machine(), ["model", "ms", "spread_ms", "peer", "times_peer"]
         measure: Any = on_cpu(options.only or list(PAIRS), options.rounds)

@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("what", nargs="*", help="orders, lengths; both by default")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV files")
     options = parser.parse_args()
+    if unknown := set(options.what) - {"orders", "lengths"}:
+        parser.error(f"{', '.join(sorted(unknown))}: choose orders or lengths")
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     console = Console(width=120)
