@@ -63,7 +63,7 @@ def take_settings(argv: Sequence[str]) -> tuple[Given, list[str]]:
     rest, i = [], 0
     while i < len(args):
         flag, equals, value = args[i].partition("=")
-        found = re.fullmatch(r"--(model|data|trainer)\.(\w+)", flag)
+        found = re.fullmatch(r"--(model|data|trainer)\.(\w+(?:\.\w+)*)", flag)
         if found is None:
             rest.append(args[i])
             i += 1
@@ -72,9 +72,18 @@ def take_settings(argv: Sequence[str]) -> tuple[Given, list[str]]:
             raise ValueError(f"{flag} needs a value")
         text = value if equals else args[i + 1]
         try:
-            getattr(given, found[1])[found[2]] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{flag}: {text!r} cannot be read: {error}") from error
+        _set(getattr(given, found[1]), found[2].split("."), value)
         i += 1 if equals else 2
     given.model.pop("scan", None)  # which is what is compared
     return given, rest
+
+
+def _set(section: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set `section[first]`, or an entry inside of it where there are more keys, as of `--model.net.dim 64`."""
+    for key in keys[:-1]:
+        inside = section.get(key)
+        section[key] = section = dict(inside) if isinstance(inside, dict) else {}
+    section[keys[-1]] = value

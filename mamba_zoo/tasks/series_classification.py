@@ -107,5 +107,5 @@ class SeriesClassifier(Classifier):
                 self.predict_step((part.to(device), None, length), 0).cpu()
                 for part, length in zip(x.split(args.batch_size), lengths.split(args.batch_size), strict=True)
             ]
-        write_classes(out, range(len(x)), torch.cat(parts), self.class_names)
+        write_classes(out, [{"series": i} for i in range(len(x))], torch.cat(parts), self.class_names)
         return f"{len(x):,} series -> {out}"

@@ -11,6 +11,7 @@ import pytest
 
 from mamba_zoo import compare
 from mamba_zoo.__main__ import main as cli
+from mamba_zoo.tasks._compare_flags import take_settings
 from mamba_zoo.tasks.compare import schedule, split_specs
 
 SCANS = ("cross", "hilbert", "snake")
@@ -267,3 +268,16 @@ def test_command_line_trains_for_real_and_reports(tmp_path, capsys):
     assert cli(["compare", "--report-only", "--out", str(out)]) == 0
     assert cli([*arguments, "--batch-size", "128"]) == 2
     assert "batch_size was 256, now 128" in capsys.readouterr().err
+
+
+def test_settings_are_read_as_fit_reads_them():
+    flags = ["--config", "forecast", "--model.net.depth", "3", "--model.scan=forward", "--data.split", "60/20/20"]
+    given, rest = take_settings([*flags, "--model.options.a.b=[1]", "--seeds", "2"])
+    assert given.task == "forecasting"
+    assert given.model["net"] == {"dim": 128, "depth": 3}
+    assert given.model["options"] == {"a": {"b": [1]}}
+    assert "scan" not in given.model  # which is what is compared
+    assert given.data["split"] == "60/20/20"
+    assert rest == ["--seeds", "2"]
+    with pytest.raises(ValueError, match=r"--model\.net\.dim needs a value"):
+        take_settings(["--model.net.dim"])

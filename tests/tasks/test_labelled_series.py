@@ -86,7 +86,9 @@ def test_a_classifier_learns_and_names_new_series(tmp_path, name):
     given = ["--checkpoint", str(tmp_path / "run"), "--data", str(file), "--out", str(tmp_path / "classes.csv")]
     assert evaluate.predict_main([*given, *device]) == 0
     with (tmp_path / "classes.csv").open(newline="") as rows:
-        found = [row["predicted"] for row in csv.DictReader(rows)]
+        named = list(csv.DictReader(rows))
+    assert [row["series"] for row in named] == [str(i) for i in range(30)]
+    found = [row["predicted"] for row in named]
     assert np.mean([a == b for a, b in zip(found, read_ts(file).labels, strict=True)]) >= 0.85
 
 
