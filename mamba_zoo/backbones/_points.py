@@ -8,6 +8,7 @@ from torch import Tensor
 from ..kernels import _triton
 
 _BLOCK = 1 << 25  # distances held at once: 128 MB in float32
+_ORIGIN = 1e-3  # squared distance from the origin up to which pointnet2_ops skips points
 _ONE_PROGRAM = 8192  # points of a cloud that one Triton program keeps in registers
 
 
@@ -35,15 +36,16 @@ def _(xyz: Tensor, count: int) -> Tensor:
     return xyz.new_empty(len(xyz), count, dtype=torch.int64)
 
 
-def furthest_points(xyz: Tensor, count: int) -> Tensor:
+def furthest_points(xyz: Tensor, count: int, skip_origin: bool = False) -> Tensor:
     """Indices `(b, count)` of points that are far from each other: the first point, then ever the furthest one left.
 
     Squared distances in float32, as in the kernels that published models were trained with; those of pointnet2_ops also
-    skip points within 0.03 of the origin, which is not done here.
+    skip points near the origin, too.
 
     Args:
         xyz: Points `(b, n, 3)`.
         count: How many to choose, at most n.
+        skip_origin: Choose no point within 0.0316 of the origin but the first, as pointnet2_ops does.
 
     Raises:
         ValueError: more points than there are.
@@ -53,7 +55,11 @@ def furthest_points(xyz: Tensor, count: int) -> Tensor:
             f"{count} points are to be chosen from clouds of {xyz.shape[1]}; sample more points, or build the model "
             "with fewer groups"
         )
-    return _furthest_points(xyz.detach(), count)
+    xyz = xyz.detach()
+    if skip_origin:  # what lies where the first point does is never the furthest
+        near = xyz.float().square().sum(-1, keepdim=True) <= _ORIGIN
+        xyz = torch.where(near, xyz[:, :1], xyz)
+    return _furthest_points(xyz, count)
 
 
 def nearest_points(xyz: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -97,18 +103,19 @@ def take_points(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, flat[..., None].expand(-1, -1, x.shape[-1])).view(*index.shape, x.shape[-1])
 
 
-def group_points(xyz: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
+def group_points(xyz: Tensor, groups: int, size: int, skip_origin: bool = False) -> tuple[Tensor, Tensor]:
     """Patches of a cloud around its furthest points.
 
     Args:
         xyz: Points `(b, n, 3)`.
         groups: Patches.
         size: Points of a patch, its centre among them.
+        skip_origin: See `furthest_points`.
 
     Returns:
         Patches relative to their centres, `(b, groups, size, 3)`, and the centres `(b, groups, 3)`.
     """
-    centres = take_points(xyz, furthest_points(xyz, groups))
+    centres = take_points(xyz, furthest_points(xyz, groups, skip_origin))
     return take_points(xyz, nearest_points(xyz, centres, size)[1]) - centres[:, :, None], centres
 
 

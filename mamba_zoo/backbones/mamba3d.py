@@ -161,6 +161,7 @@ class Mamba3D(PointBackbone):
         published: Compute across the batch as the published code does: one deviation for all clouds in the pooling, and
             the mean of the first cloud's tokens in the head of every cloud. None does so for published weights, whose
             published scores were taken in batches of 32.
+        skip_origin: See `PointMamba`.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -183,6 +184,7 @@ class Mamba3D(PointBackbone):
         drop_rate: float = 0.5,
         drop_path_rate: float = 0.0,
         published: bool | None = None,
+        skip_origin: bool = False,
         device=None,
         dtype=None,
     ):
@@ -192,7 +194,7 @@ class Mamba3D(PointBackbone):
         if k > 2:
             raise ValueError(f"scan={scan!r} has {k} directions, but the mixers of Mamba3D have two branches")
         self.scan, self.k = (spec, k) if k else ("given", 1)
-        self.groups, self.group_size, self.neighbours = groups, group_size, neighbours
+        self.groups, self.group_size, self.neighbours, self.skip_origin = groups, group_size, neighbours, skip_origin
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         self.patch_embed = PatchEncoder(dim, **dd)
         self.pos_embed = PositionEmbed(dim, nn.SiLU, **dd)
@@ -216,7 +218,7 @@ class Mamba3D(PointBackbone):
     def forward_features(self, x: Tensor) -> Tensor:
         """Clouds `(b, n, 3)` to normed tokens `(b, g + 1, dim)`, the class token first, patches furthest first."""
         self.check(x)
-        patches, centres = group_points(x, self.groups, self.group_size)
+        patches, centres = group_points(x, self.groups, self.group_size, self.skip_origin)
         tokens = self.patch_embed(patches)
         tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(len(x), -1, -1), tokens], dim=1)
         position = self.pos_embed(centres)

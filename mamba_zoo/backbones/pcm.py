@@ -63,13 +63,16 @@ class PCM(PointBackbone):
         combine_xyz: Whether coordinates are put after the features before they are embedded; `in_chans` counts both.
         published: Serialize as the published code does: the snakes reduced to sorts along their first axis, with many
             ties, and decided, like the depth of Hilbert's curve, by the whole batch. None follows the weights.
-            Their prompts may be numbered in another way: the published numbering follows the hashes of strings in the
-            process that trained it. Coordinates in windows are then scaled for each point by itself, as published.
+            Their prompts may be numbered in another way, see `prompt_rows`. Coordinates in windows are then scaled for
+            each point by itself, as published.
+        prompt_rows: For each direction of `scan`, the number of the prompts that it reads; None numbers them alike. In
+            published weights the numbering follows the hashes of strings in the process that trained them: which one it
+            was is found by validation scores.
         device: Of the parameters.
         dtype: Of the parameters.
 
     Raises:
-        ValueError: an unknown scan, or settings of different numbers of stages.
+        ValueError: an unknown scan, settings of different numbers of stages, or prompts that do not exist.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class PCM(PointBackbone):
         windows: Sequence[int] | None = None,
         combine_xyz: bool = False,
         published: bool | None = None,
+        prompt_rows: Sequence[int] | None = None,
         device=None,
         dtype=None,
     ):
@@ -105,6 +109,10 @@ class PCM(PointBackbone):
         self.scan = cloud_spec(scan)
         rates: list[float] = calculate_drop_path_rates(drop_path_rate, sum(depths))  # type: ignore[assignment]
         self.rows = rows_of(self.scan)[: sum(depths)]
+        numbers = list(range(len(self.rows)))
+        self.prompt_rows = numbers if prompt_rows is None else list(prompt_rows)
+        if sorted(self.prompt_rows) != numbers:
+            raise ValueError(f"prompt_rows={prompt_rows} must be an arrangement of {numbers}, one for each direction")
         self.prompts, self.windows, self.combine_xyz = prompts, windows, combine_xyz
         self.embedding = PointLinear(in_chans, dim, **dd)
         self.order_prompt = nn.Parameter(torch.empty(prompts * len(self.rows), prompt_dim, **dd))
@@ -172,7 +180,8 @@ class PCM(PointBackbone):
                 spec = self.published_row(spec) if self.published else spec
                 # The published code sorts what is sorted already, so that the order before decides between ties.
                 order = order.gather(1, cloud_order(spec, take_points(stream.xyz, order))[:, row])
-                prompt = self.order_prompt[number * self.prompts : (number + 1) * self.prompts]
+                first = self.prompt_rows[number] * self.prompts
+                prompt = self.order_prompt[first : first + self.prompts]
                 if window is not None and len(stream) > window:
                     stream = stream.take(order)
                     if len(stream) % window:
@@ -234,6 +243,7 @@ class PCMParts(PCM):
         windows: See `PCM`.
         combine_xyz: See `PCM`.
         published: See `PCM`.
+        prompt_rows: See `PCM`.
         device: Of the parameters.
         dtype: Of the parameters.
     """
@@ -259,12 +269,13 @@ class PCMParts(PCM):
         windows: Sequence[int] | None = None,
         combine_xyz: bool = False,
         published: bool | None = None,
+        prompt_rows: Sequence[int] | None = None,
         device=None,
         dtype=None,
     ):
         super().__init__(
             0, in_chans, dim, dim_expansion, depths, pre_blocks, neighbours, reducers, scan, prompts, prompt_dim,
-            d_state, (), drop_rate, drop_path_rate, windows, combine_xyz, published, device, dtype,
+            d_state, (), drop_rate, drop_path_rate, windows, combine_xyz, published, prompt_rows, device, dtype,
         )  # fmt: skip
         dd: Any = {"device": device, "dtype": dtype}
         if len(decoder_dims) != len(depths):

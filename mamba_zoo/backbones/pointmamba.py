@@ -62,6 +62,8 @@ class PointMamba(PointBackbone):
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
         published: Take the depth of the curve from the whole batch, as the published code does: the patches of a cloud
             then have another order in a batch with a wider cloud. None does so for weights in the published form.
+        skip_origin: Choose no centre of a patch within 0.0316 of the origin, as the kernel of pointnet2_ops does with
+            which published weights were trained; matters for clouds with points in their middle.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -86,12 +88,13 @@ class PointMamba(PointBackbone):
         drop_rate: float = 0.5,
         drop_path_rate: float = 0.0,
         published: bool | None = None,
+        skip_origin: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__(num_classes, published)
         dd: Any = {"device": device, "dtype": dtype}
-        self.groups, self.group_size = groups, group_size
+        self.groups, self.group_size, self.skip_origin = groups, group_size, skip_origin
         spec, k = resolve_point_scan(scan)
         ssm = k > 0
         self.scan, self.k = (spec, k) if ssm else resolve_point_scan(self.default_scan())
@@ -134,7 +137,7 @@ class PointMamba(PointBackbone):
         order `(b, 1, k * g)` visits them.
         """
         self.check(x)
-        patches, centres = group_points(x, self.groups, self.group_size)
+        patches, centres = group_points(x, self.groups, self.group_size, self.skip_origin)
         tokens = self.patch_embed(patches)[:, None]
         if self.order_gamma is not None and self.order_beta is not None:
             tokens = tokens * self.order_gamma[:, None] + self.order_beta[:, None]
@@ -167,6 +170,7 @@ class PointMambaPretraining(nn.Module):
         drop_path_rate: Stochastic depth of the encoder.
         published: See `PointMamba`.
         d_state: States n.
+        skip_origin: See `PointMamba`.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -186,6 +190,7 @@ class PointMambaPretraining(nn.Module):
         drop_path_rate: float = 0.1,
         published: bool | None = None,
         d_state: int = 16,
+        skip_origin: bool = False,
         device=None,
         dtype=None,
     ):
@@ -198,7 +203,7 @@ class PointMambaPretraining(nn.Module):
             )
         self.encoder = PointMamba(
             0, groups, group_size, dim, depth, d_state, scan=scan, hidden=(), drop_path_rate=drop_path_rate,
-            published=published, **dd,
+            published=published, skip_origin=skip_origin, **dd,
         )  # fmt: skip
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim, **dd))
         self.decoder_pos_embed = PositionEmbed(dim, **dd)
@@ -239,7 +244,7 @@ class PointMambaPretraining(nn.Module):
         """
         encoder = self.encoder
         encoder.check(x)
-        patches, centres = group_points(x, encoder.groups, encoder.group_size)
+        patches, centres = group_points(x, encoder.groups, encoder.group_size, encoder.skip_origin)
         order = encoder.serialize(centres)[:, direction]
         visible, hidden = order[~mask].view(len(x), -1), order[mask].view(len(x), -1)
         tokens = encoder.patch_embed(patches)

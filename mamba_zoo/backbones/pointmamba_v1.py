@@ -42,6 +42,7 @@ class PointMambaV1(PointMamba):
         drop_rate: Dropout in the head.
         drop_path_rate: Stochastic depth of the last block.
         published: See `PointMamba`; matters for part segmentation only.
+        skip_origin: See `PointMamba`.
         device: Of the parameters.
         dtype: Of the parameters.
     """
@@ -63,12 +64,13 @@ class PointMambaV1(PointMamba):
         drop_rate: float = 0.5,
         drop_path_rate: float = 0.0,
         published: bool | None = None,
+        skip_origin: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__(
             num_classes, groups, group_size, dim, depth, d_state, d_conv, expand, dt_rank, scan, order_indicator,
-            hidden, drop_rate, drop_path_rate, published, device, dtype,
+            hidden, drop_rate, drop_path_rate, published, skip_origin, device, dtype,
         )  # fmt: skip
         self.out_norm = LayerNorm(dim, device=device, dtype=dtype)
 
@@ -105,6 +107,7 @@ class PointMambaV1Parts(PointMambaV1):
         published: Interpolate between the tokens of all directions as if they were so many patches, as the published
             code does: the three nearest are then the copies of one centre. Otherwise a patch has the mean of its
             tokens, and a point has features of its three nearest patches. None follows the weights.
+        skip_origin: See `PointMamba`.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -128,12 +131,13 @@ class PointMambaV1Parts(PointMambaV1):
         drop_rate: float = 0.5,
         drop_path_rate: float = 0.0,
         published: bool | None = None,
+        skip_origin: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__(
             0, groups, group_size, dim, depth, d_state, scan=scan, order_indicator=order_indicator, hidden=(),
-            drop_path_rate=drop_path_rate, published=published, device=device, dtype=dtype,
+            drop_path_rate=drop_path_rate, published=published, skip_origin=skip_origin, device=device, dtype=dtype,
         )  # fmt: skip
         dd: Any = {"device": device, "dtype": dtype}
         if not taps or not all(0 <= tap < depth for tap in taps):

@@ -273,6 +273,34 @@ def test_furthest_points_are_the_greedy_ones(device):
     assert torch.equal(furthest_points(zeros, 3), torch.zeros(1, 3, dtype=torch.int64, device=device))
 
 
+def test_furthest_points_away_from_the_origin(device):
+    x = clouds(2, 60).to(device)
+    x[0, 5:30] *= 1e-3  # in the middle of the cloud
+    x[1, 0] = 0
+    index = furthest_points(x, 30, skip_origin=True).cpu()
+    far = [(x[i].square().sum(-1) > 1e-3).nonzero()[:, 0].cpu() for i in (0, 1)]
+    assert set(index[0].tolist()) <= set(far[0].tolist())
+    assert torch.equal(index[0], far[0][furthest_points(x[:1, far[0]], 30).cpu()[0]])
+    assert index[1, 0] == 0, "the first point is taken wherever it lies"
+    assert not torch.equal(index[0], furthest_points(x, 30).cpu()[0])
+    for row in ("pointmamba", "pointmamba_v1", "pointmamba_v1_parts", "mamba3d"):
+        cloud = 0.1 * clouds(1) + 1  # whose furthest point is the origin
+        cloud[0, 7] = 0
+        assert not torch.allclose(build(row)(cloud), build(row, skip_origin=True)(cloud), rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_of_pcm_are_numbered_as_asked():
+    row, numbers = "pcm windows", [2, 0, 1]
+    model, other = build(row), build(row, prompt_rows=numbers)
+    state = model.state_dict()
+    prompts = state["order_prompt"].unflatten(0, (3, -1))
+    state["order_prompt"] = torch.empty_like(prompts).index_copy(0, torch.tensor(numbers), prompts).flatten(0, 1)
+    other.load_state_dict(state)
+    assert torch.equal(other(clouds()), model(clouds()))
+    with pytest.raises(ValueError, match=r"prompt_rows=\[0, 1\] must be an arrangement of \[0, 1, 2\]"):
+        build(row, prompt_rows=[0, 1])
+
+
 def test_neighbours_groups_and_interpolation(device, monkeypatch):
     monkeypatch.setattr("mamba_zoo.backbones._points._BLOCK", 1000)  # in several pieces
     x = clouds(2, 50).to(device)
