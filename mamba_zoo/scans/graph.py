@@ -130,6 +130,16 @@ def degree(graphs: Graphs) -> np.ndarray:
     return sort_nodes(graphs, graphs.degree)
 
 
+@register_graph_order("colour")
+def colour(graphs: Graphs) -> np.ndarray:
+    """By colour alone: an order as good as random, but one that does not depend on how nodes are numbered.
+
+    One direction. A model with `ties="random"` draws it anew in every pass: the random orders of Graph-Mamba's code
+    ("Permute", "Hybrid" and "Hybrid_Noise" there).
+    """
+    return sort_nodes(graphs, np.zeros(graphs.num_nodes, dtype=np.int64))
+
+
 @register_graph_order("eigenvector")
 def eigenvector(graphs: Graphs) -> np.ndarray:
     """By eigenvector centrality, the most central node last. One direction.

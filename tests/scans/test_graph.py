@@ -82,7 +82,7 @@ def test_renumbering_renumbers_the_order_and_nothing_else(name):
         assert torch.equal(graph_order(name, graphs.renumbered(permutation)), want)
 
 
-@pytest.mark.parametrize("name", ["degree", "pagerank", "eigenvector", "rwse"])
+@pytest.mark.parametrize("name", ["colour", "degree", "pagerank", "eigenvector", "rwse"])
 def test_only_nodes_of_one_colour_change_places_under_renumbering(name):
     graphs = packed(zoo())
     generator = torch.Generator().manual_seed(1)
