@@ -52,7 +52,7 @@ class CausalStack(nn.Module):
 
     def init_state(self, batch: int) -> State:
         """The memory of `batch` streams before their first input."""
-        return [_mixer(block).init_state(batch) for block in self.blocks]
+        return first_state(self.blocks, batch)
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """The next inputs of a stream `(b, l, ...)` to their outputs and the new state."""
@@ -76,16 +76,34 @@ class CausalStack(nn.Module):
         self.grad_checkpointing = enable
 
     def _advance(self, x: Tensor, state: State, how: str) -> tuple[Tensor, State]:
-        hidden, residual, new = self.embed_inputs(x), None, []
-        for block, memory in zip(self.blocks, state, strict=True):
-            residual = add_residual(hidden, residual)
-            tokens = block.get_submodule("norm")(residual).to(hidden.dtype)
-            hidden, after = getattr(_mixer(block), how)(tokens, memory)
-            new.append(after)
+        hidden, residual, new = advance(self.blocks, self.embed_inputs(x), state, how)
         return self.head(self._normed(hidden, residual)), new
 
     def _normed(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
         return self.norm(add_residual(hidden, residual)).to(hidden.dtype)
+
+
+def first_state(blocks: Iterable[nn.Module], batch: int) -> State:
+    """What the mixers of causal blocks keep of `batch` streams before their first input."""
+    return [_mixer(block).init_state(batch) for block in blocks]
+
+
+def advance(blocks: Iterable[nn.Module], hidden: Tensor, state: State, how: str) -> tuple[Tensor, Tensor | None, State]:
+    """The next tokens of a stream through causal blocks: what they put out, the residual stream, the new state.
+
+    Args:
+        blocks: Add-norm-mix blocks.
+        hidden: `(b, l, dim)`, or `(b, dim)` for one token.
+        state: Of `first_state`, or returned by the call before.
+        how: "extend", or "step" for one token.
+    """
+    residual, new = None, []
+    for block, memory in zip(blocks, state, strict=True):
+        residual = add_residual(hidden, residual)
+        tokens = block.get_submodule("norm")(residual).to(hidden.dtype)
+        hidden, after = getattr(_mixer(block), how)(tokens, memory)
+        new.append(after)
+    return hidden, residual, new
 
 
 def _mixer(block: nn.Module) -> Any:

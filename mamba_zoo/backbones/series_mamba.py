@@ -18,6 +18,7 @@ from ._block import AddNormBlock, RMSNorm, add_residual
 from ._mixer import Mamba
 from ._register import Card, build_model, register
 from ._series import EPS, SeriesModel, series_scan
+from ._stack import State, advance, first_state
 
 Lengths = Sequence[int] | Tensor
 
@@ -28,6 +29,8 @@ class SeriesMamba(SeriesModel):
     `pred_len=0` gives `in_chans` values at every step: of the step itself, or with a causal scan of the next one.
     Otherwise forecasts follow from the last step. Series of several lengths are given padded, with `lengths`, or packed
     one after another into one sample, with `cu_seqlens`; both give what each series gives alone, in every direction.
+    With `scan="forward"` and a value at every step, endless series are read by `extend` and `step`, in memory that does
+    not grow.
 
     Args:
         in_chans: Variates v.
@@ -126,6 +129,33 @@ class SeriesMamba(SeriesModel):
             return series.outside(restore(self.head(self.head_drop(tokens))))
         last = self.head(self.head_drop(series.last(tokens)))
         return restore(last.unflatten(-1, (self.pred_len, self.in_chans)), True)
+
+    def init_state(self, batch: int) -> State:
+        """The memory of `batch` streams before their first step.
+
+        Raises:
+            ValueError: a model whose values follow from later steps, or from all of them.
+        """
+        found = {"scan": self.scan, "pred_len": self.pred_len, "num_classes": self.num_classes}
+        if self.scan != "forward" or not self.per_step or self.num_classes or self.use_norm:
+            told = ", ".join(f"{key}={value!r}" for key, value in found.items())
+            raise ValueError(
+                f"a stream needs scan='forward', pred_len=0, num_classes=0 and use_norm=False; the model has {told}, "
+                f"use_norm={self.use_norm}"
+            )
+        return first_state(self.blocks, batch)
+
+    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """The next steps of streams, `(b, l, v)`, to their values, likewise, and the new state; see `init_state`."""
+        return self._advance(x, state, "extend")
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """`extend` for one step, `(b, v)`."""
+        return self._advance(x, state, "step")
+
+    def _advance(self, x: Tensor, state: State, how: str) -> tuple[Tensor, State]:
+        hidden, residual, new = advance(self.blocks, self.embed(x), state, how)
+        return self.head(self.head_drop(self.norm(add_residual(hidden, residual)).to(hidden.dtype))), new
 
     def _prepare(self, x: Tensor, lengths: Lengths | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Any, Any, Any]:
         """Checked, normalised series; what the blocks are given besides; where series are; what undoes the norm."""

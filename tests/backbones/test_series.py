@@ -192,6 +192,8 @@ def test_marks_are_read_by_s_mamba_and_need_no_others():
     model, x = small("s_mamba"), torch.randn(2, 24, 5)
     assert model(x, torch.randn(2, 24, 4)).shape == (2, 6, 5)
     assert (model(x, torch.randn(2, 24, 4)) - model(x)).abs().max() > 1e-4
+    with pytest.raises(ValueError, match=r"marks must be \(b, l, m\) of the windows \(2, 24, 5\), not"):
+        model(x, torch.randn(2, 23, 4))
 
 
 @pytest.mark.parametrize("scan", ["forward", "reversed", "bidirectional", "both_ways(random(k=1))"])

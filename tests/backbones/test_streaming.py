@@ -68,6 +68,25 @@ def test_sequence_model(sizes, device):
     torch.testing.assert_close(y, model(x)[:, 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [[1], [50], [3, 17]], ids=str)
+def test_causal_model_of_series(sizes, device):
+    model: Any = mamba_zoo.create_model("series_mamba", in_chans=2, dim=16, depth=2, scan="forward").to(device).eval()
+    x = torch.randn(3, 60, 2, device=device)
+    whole = torch.cat(list(stream(model, chunks(x, sizes))), dim=1)
+    torch.testing.assert_close(whole, model(x), rtol=1e-4, atol=1e-5)
+    y, _ = model.step(x[:, 0], model.init_state(3))
+    torch.testing.assert_close(y, model(x)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scan": "bidirectional"}, {"pred_len": 3}, {"num_classes": 2}, {"use_norm": True}]
+)
+def test_models_of_series_that_need_all_steps_refuse(options):
+    model: Any = mamba_zoo.create_model("series_mamba", dim=8, depth=1, **{"scan": "forward", **options})
+    with pytest.raises(ValueError, match="a stream needs scan='forward', pred_len=0"):
+        model.init_state(1)
+
+
 def test_sequence_model_contract():
     model: Any = mamba_zoo.create_model("mamba_sequence", dim=16, depth=2)
     x = torch.randn(1, 12, 1)
