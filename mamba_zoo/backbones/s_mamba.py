@@ -150,9 +150,7 @@ class SMamba(SeriesModel):
     def encode(self, x: Tensor, marks: Tensor | None = None) -> Tensor:
         """Windows `(b, l, v)` and marks `(b, l, m)` to tokens `(b, v + m, dim)`."""
         if marks is not None and (marks.dim() != 3 or marks.shape[:2] != x.shape[:2]):
-            raise ValueError(
-                f"marks must be (b, l, m) of the same windows as x {tuple(x.shape)}, not {tuple(marks.shape)}"
-            )
+            raise ValueError(f"marks must be (b, l, m) of the windows {tuple(x.shape)}, not {tuple(marks.shape)}")
         series = x if marks is None else torch.cat([x, marks.to(x.dtype)], dim=-1)
         tokens = self.embed_drop(self.embed(series.transpose(1, 2)))
         order = scan_order(self.scan, (tokens.shape[1],), tokens.device)
