@@ -29,13 +29,20 @@ def recomputed(x: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Abstr
         inputs: Tensors.
     """
     # First whether somebody looks on: sizes may then be symbols.
-    if not torch.is_grad_enabled() or not x.requires_grad or watched((x,)) or x.nbytes < LEAST:
+    if not torch.is_grad_enabled() or not x.requires_grad or watched((x,)) or not worth_making_again(x):
         return nullcontext()
+    return saved_tensors_hooks(_Recipe(x, make, inputs, _recipe()), _unpack)
+
+
+def worth_making_again(x: Tensor) -> bool:
+    """Whether `x` is large, and nobody else decides what is kept."""
+    return x.nbytes >= LEAST and (_top_saved_tensors_default_hooks(False) is None or _recipe() is not None)
+
+
+def _recipe() -> _Recipe | None:
+    """The innermost context of `recomputed`, if nobody else's is within it."""
     hooks = _top_saved_tensors_default_hooks(False)
-    outer = None if hooks is None else hooks[0]
-    if outer is not None and not isinstance(outer, _Recipe):
-        return nullcontext()
-    return saved_tensors_hooks(_Recipe(x, make, inputs, outer), _unpack)
+    return hooks[0] if hooks is not None and isinstance(hooks[0], _Recipe) else None
 
 
 class _Recipe:
@@ -59,7 +66,10 @@ class _Recipe:
             if same or (self.plain and tensor.is_contiguous() and tensor.numel() == self.count):
                 self.uses += 1
                 return self, tensor.shape
-        return tensor if self.outer is None else self.outer(tensor)
+        if self.outer is not None:
+            return self.outer(tensor)
+        # A result that its own node keeps would hold that node, and both would stay if no backward pass came.
+        return tensor if tensor.is_leaf else tensor.detach()
 
     def again(self) -> Tensor:
         """The tensor, held until all who would have kept it have asked for it."""

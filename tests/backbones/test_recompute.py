@@ -1,5 +1,6 @@
 """What the backward pass computes again: nothing but memory and time may tell."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -148,6 +149,19 @@ def test_models_have_the_same_gradients(name, checkpointing, monkeypatch):
     assert len(found) == len(wanted) > 30
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["vmamba_mini", "vim_mini"])
+def test_nothing_stays_of_a_forward_pass_without_a_backward_pass(name):
+    model = mamba_zoo.create_model(name)
+    size = model.pretrained_cfg["input_size"][-1]
+    x = torch.randn(1, model.in_chans, size, size)
+    counts = []
+    for _ in range(3):
+        model(x)
+        gc.collect()
+        counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    assert counts[1] == counts[2]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
