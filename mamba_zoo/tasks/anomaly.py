@@ -23,9 +23,10 @@ class AnomalyDetector(Imputer):
     Each step is scored when it is hidden: every window is read `turns` times, each time with other runs of `gap_length`
     steps hidden from all series at once. Windows overlap by half, and a step has the score of the window that it is
     furthest inside of, as models know less at the ends of a window. The threshold is the quantile of the validation
-    scores that leaves `alarm_rate` of them above it; the first and the last `gap_length` steps of a table, which are
-    found from one side only, have a threshold of their own, from the ends of the validation windows. If the table says
-    which steps are anomalies, the test says how well the scores tell them apart.
+    scores, without those of known anomalies, that leaves `alarm_rate` of them above it; the first and the last
+    `gap_length` steps of a table, which are found from one side only, have a threshold of their own, from the ends of
+    the validation windows. If the table says which steps are anomalies, the test says how well the scores tell them
+    apart.
 
     Args:
         name: As in `mamba_zoo.list_models(modality="series")`.
@@ -132,8 +133,8 @@ class AnomalyDetector(Imputer):
         self._scored.clear()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Scores of one batch."""
-        self._scored.append((self.scores(batch), batch[3]))
+        """Scores of one batch; steps that are known to be anomalies are left out."""
+        self._scored.append((self.scores(batch).masked_fill((batch[4] > 0)[..., None], torch.nan), batch[3]))
 
     def on_validation_epoch_end(self) -> None:
         """The threshold of the epoch, and its mean score."""

@@ -493,6 +493,10 @@ def test_anomalies_score_higher_than_the_rest(tmp_path):
     assert result["test"]["recall"] == 1.0
     model: Any = load_task(tmp_path / "run")
     assert 0 < float(model.threshold) < float(model.end_threshold)
+    known = next(iter(data.val_dataloader()))
+    model._scored.clear()
+    model.validation_step((*known[:4], torch.ones_like(known[4])), 0)  # were all steps anomalies, none would count
+    assert model._scored[0][0].isnan().all()
     limits = model.limits(400)
     assert np.flatnonzero(limits != limits[200]).tolist() == [0, 1, 2, 3, 396, 397, 398, 399]
     rows = predict(tmp_path / "run", table, tmp_path / "scores.csv")
