@@ -19,8 +19,8 @@ try:
     from torch_geometric.data import Data
     from torch_geometric.nn import GPSConv, MessagePassing
     from torch_geometric.transforms import BaseTransform
-except ImportError as error:
-    raise ImportError(
+except ImportError as error:  # one that is installed but broken, too
+    raise ModuleNotFoundError(
         "graph data and layers need PyTorch Geometric; install it with: pip install 'mamba_zoo[graph]'"
     ) from error
 
@@ -187,13 +187,13 @@ def relabelling_sensitivity(model: nn.Module, data: Any, draws: int = 5, seed: i
     was_training = model.training
     model.eval()
     try:
-        base, found = model(data), []
+        base, found = model(data).double(), []
         per_node = len(base) == graphs.num_nodes and graphs.num_nodes != len(graphs.lengths)
         for _ in range(draws):
             shuffled = torch.rand(graphs.num_nodes, generator=generator)
             within = torch.argsort(shuffled)
             permutation = within[torch.argsort(graphs.batch[within], stable=True)]
-            y = model(relabelled(data, permutation))
+            y = model(relabelled(data, permutation)).double()
             found.append(((y[permutation] if per_node else y) - base).norm() / base.norm())
     finally:
         model.train(was_training)

@@ -69,9 +69,9 @@ class GraphSource(TaskData):
     @cached_property
     def graphs(self) -> list[Any]:
         """All graphs as PyG `Data`, with their positions."""
-        from torch_geometric.transforms import AddRandomWalkPE
+        from ..backbones._pyg import AddLaplacian  # first: it says how to install PyG
 
-        from ..backbones._pyg import AddLaplacian
+        from torch_geometric.transforms import AddRandomWalkPE  # isort: skip
 
         transform: Any = {
             "lap": AddLaplacian(self.pe_steps), "rwse": AddRandomWalkPE(self.pe_steps), "none": None,

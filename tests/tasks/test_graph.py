@@ -2,6 +2,8 @@
 
 import csv
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,17 @@ def test_any_data_set_of_pyg_is_read_by_its_class(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(ValueError, match=message):
             read_graphs(root, str(tmp_path))
+
+
+def test_without_pyg_the_way_to_it_is_told(tmp_path):
+    code = (
+        "import sys; sys.modules['torch_geometric'] = None\n"
+        "from mamba_zoo.__main__ import main\n"
+        "sys.exit(main(['fit', '--task', 'node-classification']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "install it with: pip install 'mamba_zoo[graph]'" in done.stderr
 
 
 def test_digits_are_graphs_of_their_ink():
