@@ -12,8 +12,10 @@ from timm.layers._fx import register_notrace_module
 from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import add_norm
+from ..kernels.mlp import in_one_node, mlp
 from ._recompute import recomputed
 
 
@@ -100,14 +102,33 @@ def linear_dtype(x: Tensor) -> torch.dtype:
 
 
 class LeanMlp(Mlp):
-    """timm's MLP; where its activations are large, the backward pass computes them again instead of keeping them."""
+    """timm's MLP with its activations computed again: on a GPU in one node of autograd, elsewhere if they are large."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, ..., dim)` to the same shape."""
-        x = self.fc1(x)
+        fc1, fc2 = self.fc1, self.fc2
+        if type(fc1) is type(fc2) is nn.Linear:
+            weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+            if in_one_node(x, *weights) and self._ordinary():
+                return mlp(x, *weights, backend="triton")
+        x = fc1(x)
         y = self.act(x)
         with recomputed(y, self.act, x):
-            return self.drop2(self.fc2(self.norm(self.drop1(y))))
+            return self.drop2(fc2(self.norm(self.drop1(y))))
+
+    def _ordinary(self) -> bool:
+        """Whether an exact GELU is all between the linear layers, and nobody has hung anything on the parts."""
+        act = self.act
+        if type(act) is not nn.GELU or act.approximate != "none":
+            return False
+        for part in (self.drop1, self.norm, self.drop2):
+            if type(part) is not nn.Identity and (type(part) is not nn.Dropout or (part.training and part.p > 0)):
+                return False
+        return not _has_any_global_hook() and not any(
+            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+            or "forward" in part.__dict__
+            for part in self.children()
+        )  # fmt: skip
 
 
 class MapBlock(nn.Module):

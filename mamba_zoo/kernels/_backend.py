@@ -79,6 +79,12 @@ def _package(name: str) -> ModuleType:
     return importlib.import_module(f"mamba_zoo.kernels._{name}")
 
 
+@lru_cache(maxsize=64)  # asking takes longer than a small kernel
+def serves(name: str, kind: str, dtype: torch.dtype, op: str) -> bool:
+    """Whether the backend `name` has `op` and runs it on devices of this kind."""
+    return _refuse(name, kind, dtype, op) is None
+
+
 def _refuse(name: str, kind: str, dtype: torch.dtype, op: str) -> str | None:
     return _package(name).refuse(kind, dtype) if _has(name, op) else f"it has no {op}"
 

@@ -6,14 +6,12 @@ bytes, counted by hand; norms and casts were 21 of the 56 ms of a training step 
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._arguments import check_floating, check_tensors
-from ._backend import implementation, refusals
+from ._backend import implementation, serves
 from ._op import watched
 
 KINDS = ("layer", "rms")
@@ -63,7 +61,9 @@ def add_norm(
     stream_dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     out_dtype = out_dtype or stream_dtype
     inputs = (x, branch, scale, weight, bias)
-    if backend == "triton" or (backend == "auto" and x.is_cuda and not watched(inputs) and _serves(stream_dtype)):
+    if backend == "auto" and x.is_cuda and not watched(inputs) and serves("triton", "cuda", stream_dtype, "add_norm"):
+        backend = "triton"
+    if backend == "triton":
         return implementation("triton", "add_norm").add_norm(*inputs, eps, kind == "rms", out_dtype)
     stream = x
     if branch is not None:
@@ -76,11 +76,6 @@ def add_norm(
     else:
         y = F.layer_norm(tokens, weight.shape, weight, bias, eps)
     return stream, y.to(out_dtype)
-
-
-@lru_cache(maxsize=16)  # asking every backend takes longer than the kernel
-def _serves(dtype: torch.dtype) -> bool:
-    return refusals("cuda", dtype)["triton"] is None
 
 
 def _check(x, weight, bias, branch, scale, kind, backend) -> None:

@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: run by Triton's interpreter, and compiled for NVIDIA's machines.
 
-The interpreter is chosen when triton is imported, so its cases run in a process of their own: this same file and that
-of the norms, started once more with TRITON_INTERPRET=1.
+The interpreter is chosen when triton is imported, so its cases run in a process of their own: this same file and those
+of the norms and the MLP, started once more with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .problems import INTERPRETED, assert_agrees, make_problem, random_order, so
 from .test_add_norm import CASES as NORMS
 from .test_causal_conv1d import check as check_convolution
 from .test_causal_conv1d import random_order as random_visits
+from .test_mlp import CASES as MLPS
 from .test_ssd import assert_agrees as assert_dual_agrees
 from .test_ssd import make_problem as make_dual
 
@@ -155,7 +156,7 @@ else:
     def test_kernels_agree_in_the_interpreter():
         # numpy's warning is about triton's own code.
         allow = "ignore:Conversion of an array with ndim:DeprecationWarning"
-        files = [__file__, str(Path(__file__).with_name("test_add_norm.py"))]
+        files = [__file__, *(str(Path(__file__).with_name(f"test_{name}.py")) for name in ("add_norm", "mlp"))]
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-W", allow, "-p", "no:cacheprovider", *files],
             env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -164,7 +165,7 @@ else:
             text=True,
         )
         assert run.returncode == 0, run.stdout[-3000:]
-        count = len(SCANS) + len(CONVOLUTIONS) + len(DUALS) + len(NORMS) + 6
+        count = len(SCANS) + len(CONVOLUTIONS) + len(DUALS) + len(NORMS) + len(MLPS) + 8
         assert f"{count} passed" in run.stdout, run.stdout[-500:]
 
     @pytest.mark.parametrize(("n", "arch"), [(1, 90), (16, 80), (16, 90)])
