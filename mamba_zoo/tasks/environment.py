@@ -32,6 +32,7 @@ PACKAGES: tuple[tuple[str, str, bool, str], ...] = (
     ("cuda-bindings", "cuda.bindings", False, "fastest GPU kernels, compiled by NVRTC"),
     ("torchaudio", "torchaudio", False, "audio models"),
     ("soundfile", "soundfile", False, "reading wav and flac"),
+    ("pystoi", "pystoi", False, "intelligibility of speech"),
     ("torch-geometric", "torch_geometric", False, "graph models"),
     ("open3d", "open3d", False, "reading meshes and point clouds"),
     ("pycocotools", "pycocotools", False, "scores of detection"),
