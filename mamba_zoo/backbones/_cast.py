@@ -1,4 +1,8 @@
-"""Weights that autocast would cast one after another, cast together."""
+"""Weights that autocast would cast one after another, cast together.
+
+Called from Python on an H100, 128 images, medians of five turns each, together and one by one: vmamba_tiny 15.1 and
+16.6 ms, training 56 and 66; mambavision_t 11.2 and 12.6, 43 and 44; vim_tiny no difference beyond its spread.
+"""
 
 from __future__ import annotations
 
