@@ -6,6 +6,7 @@ the kernel reads rows by index and writes each output back at its own token. Dir
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -84,41 +85,12 @@ def selective_scan(
     Source:
         arXiv:2312.00752, equation 2; exact step on A, Euler step on B, as in its published code.
     """
-    check_tensors(
-        ("u", u, False), ("dt", dt, False), ("A", A, False), ("B", B, False), ("C", C, False), ("D", D, True),
-        ("z", z, True), ("dt_bias", dt_bias, True), ("initial_state", initial_state, True),
-    )  # fmt: skip
-    _check_shapes(u, dt, A, B, C, D, z, dt_bias)
-    b, l, k, d = dt.shape
-    u, dt, B, C, z = _autocast(u, dt, B, C, z)
-    if len(dtypes := {x.dtype for x in (u, dt, B, C, z) if x is not None}) > 1:
-        raise TypeError(f"u, dt, B, C and z must share a dtype, not {sorted(map(str, dtypes))}; cast them, or autocast")
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce={reduce!r} is unknown; choose one of {REDUCTIONS}")
-    if not u.dtype.is_floating_point or out_dtype is not None:
-        check_floating(u=u.dtype, out_dtype=out_dtype or u.dtype)
-    exact = torch.float64 if u.dtype == torch.float64 else torch.float32
-    A = as_exact("A", A, exact)
-    D, dt_bias, initial_state = (
-        x if x is None else as_exact(name, x, exact)
-        for name, x in (("D", D), ("dt_bias", dt_bias), ("initial_state", initial_state))
+    tensors, flags = _prepared(
+        u, dt, A, B, C, D, z, order, dt_bias, dt_softplus, reduce, initial_state, cu_seqlens, out_dtype, backend
     )
-    table, complete = prepare_order(order, b, l, k, u.device)
-    offsets = None
-    if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, b, l, order)
-        table, offsets = pack_order(table, cu_seqlens, l)
-    rows = b if offsets is None else offsets.shape[1] - 1
-    if initial_state is not None and initial_state.shape != (rows, k, d, A.shape[2]):
-        raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}, expected {(rows, k, d, A.shape[2])}")
-    save = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    )
-    y, final, _ = _forward(
-        u, dt, A, B, C, D, z, dt_bias, table, offsets, initial_state,
-        dt_softplus, reduce or "none", complete, save, return_final_state, out_dtype or u.dtype,
-        choose(backend, u.device, u.dtype),
-    )  # fmt: skip
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    softplus, reduction, complete, *rest = flags
+    y, final, _ = _forward(*tensors, softplus, reduction, complete, save, return_final_state, *rest)
     return (y, final) if return_final_state else y
 
 
@@ -163,6 +135,80 @@ def selective_scan_step(
     if z is not None:
         y = y * F.silu((z if z.dim() == 3 else z[:, None]).to(exact))
     return y.to(u.dtype), state
+
+
+def scan_keeping(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    order: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    reduce: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, list[Tensor | None], tuple]:
+    """`selective_scan` that records no gradient, for a larger function with a gradient of its own.
+
+    Returns:
+        The result; and what `scan_gradients` takes: tensors, u, dt, A, B, C, D, z and dt_bias first, and settings.
+    """
+    tensors, flags = _prepared(
+        u, dt, A, B, C, D, z, order, dt_bias, dt_softplus, reduce, None, cu_seqlens, out_dtype, "auto"
+    )
+    softplus, reduction, complete, *rest = flags
+    y, _, saved = _forward(*tensors, softplus, reduction, complete, True, False, *rest)
+    return y, [*tensors, saved], flags
+
+
+def scan_gradients(dy: Tensor, tensors: Sequence[Tensor | None], flags: tuple) -> list[Any]:
+    """Gradients of u, dt, A, B, C, D, z and dt_bias, None for those that are None, from what `scan_keeping` returned.
+
+    Each is a tensor of its own, which the caller may overwrite.
+    """
+    *inputs, saved = tensors
+    values = iter(_backward(dy, None, saved, *inputs, *flags))
+    return [None if x is None else next(values) for x in inputs[:8]]
+
+
+def _prepared(
+    u, dt, A, B, C, D, z, order, dt_bias, dt_softplus, reduce, initial_state, cu_seqlens, out_dtype, backend
+) -> tuple[list[Tensor | None], tuple]:
+    """The arguments of `selective_scan`, checked: tensors as the op takes them, and what else its gradient needs."""
+    check_tensors(
+        ("u", u, False), ("dt", dt, False), ("A", A, False), ("B", B, False), ("C", C, False), ("D", D, True),
+        ("z", z, True), ("dt_bias", dt_bias, True), ("initial_state", initial_state, True),
+    )  # fmt: skip
+    _check_shapes(u, dt, A, B, C, D, z, dt_bias)
+    b, l, k, d = dt.shape
+    u, dt, B, C, z = _autocast(u, dt, B, C, z)
+    if len(dtypes := {x.dtype for x in (u, dt, B, C, z) if x is not None}) > 1:
+        raise TypeError(f"u, dt, B, C and z must share a dtype, not {sorted(map(str, dtypes))}; cast them, or autocast")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce={reduce!r} is unknown; choose one of {REDUCTIONS}")
+    if not u.dtype.is_floating_point or out_dtype is not None:
+        check_floating(u=u.dtype, out_dtype=out_dtype or u.dtype)
+    exact = torch.float64 if u.dtype == torch.float64 else torch.float32
+    A = as_exact("A", A, exact)
+    D, dt_bias, initial_state = (
+        x if x is None else as_exact(name, x, exact)
+        for name, x in (("D", D), ("dt_bias", dt_bias), ("initial_state", initial_state))
+    )
+    table, complete = prepare_order(order, b, l, k, u.device)
+    offsets = None
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, b, l, order)
+        table, offsets = pack_order(table, cu_seqlens, l)
+    rows = b if offsets is None else offsets.shape[1] - 1
+    if initial_state is not None and initial_state.shape != (rows, k, d, A.shape[2]):
+        raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}, expected {(rows, k, d, A.shape[2])}")
+    tensors = [u, dt, A, B, C, D, z, dt_bias, table, offsets, initial_state]
+    name = choose(backend, u.device, u.dtype)
+    return tensors, (dt_softplus, reduce or "none", complete, out_dtype or u.dtype, name)
 
 
 def _run_forward(
