@@ -40,39 +40,42 @@ def add_norm_forward(
 
 @triton.jit
 def add_norm_backward(
-    dy, dstream, stream, scale, weight, statistics, dx, dbranch, partial, rows, d, rows_per_sample,
-    RMS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    dy, dstream, stream, scale, weight, statistics, dx, dbranch, partial, rows, rows_per_sample,
+    RMS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     part, parts = tl.program_id(0), tl.num_programs(0)
     channel = tl.arange(0, BLOCK)
-    inside = channel < d
+    inside = channel < D
     factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK,), tl.float32)
-    dbias = tl.zeros((BLOCK,), tl.float32)
-    for tile in range(part, tl.cdiv(rows, TILE), parts):
+    # Summed over rows once at the end: a sum over the rows of a tile waits for all warps.
+    dweight = tl.zeros((TILE, BLOCK), tl.float32)
+    dbias = tl.zeros((TILE, BLOCK), tl.float32)
+    for tile in tl.range(part, tl.cdiv(rows, TILE), parts, num_stages=3):
         row = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
         real = (row < rows)[:, None] & inside[None, :]
-        at = row[:, None] * d + channel[None, :]
+        at = row[:, None] * D + channel[None, :]
         mean = tl.load(statistics + row, mask=row < rows, other=0.0)
         spread = tl.load(statistics + rows + row, mask=row < rows, other=0.0)
         h = tl.load(stream + at, mask=real, other=0.0).to(tl.float32)
-        normed = tl.where(real, (h - mean[:, None]) * spread[:, None], 0.0)
         g = tl.load(dy + at, mask=real, other=0.0).to(tl.float32)
-        dweight += tl.sum(g * normed, 0)
-        dbias += tl.sum(g, 0)
+        if dstream is not None:
+            passed = tl.load(dstream + at, mask=real, other=0.0).to(tl.float32)
+        normed = tl.where(real, (h - mean[:, None]) * spread[:, None], 0.0)
+        dweight += g * normed
+        dbias += g
         g *= factor[None, :]
-        along = tl.sum(g * normed, 1) / d
+        along = tl.sum(g * normed, 1) / D
         gradient = g - normed * along[:, None]
         if not RMS:
-            gradient -= (tl.sum(g, 1) / d)[:, None]
+            gradient -= (tl.sum(g, 1) / D)[:, None]
         gradient *= spread[:, None]
         if dstream is not None:
-            gradient += tl.load(dstream + at, mask=real, other=0.0).to(tl.float32)
+            gradient += passed
         tl.store(dx + at, gradient, mask=real)
         if dbranch is not None:
             if scale is not None:
                 kept = tl.load(scale + row // rows_per_sample, mask=row < rows, other=0.0).to(tl.float32)
                 gradient *= kept[:, None]
             tl.store(dbranch + at, gradient, mask=real)
-    tl.store(partial + part * d + channel, dweight, mask=inside)
-    tl.store(partial + (parts + part) * d + channel, dbias, mask=inside)
+    tl.store(partial + part * D + channel, tl.sum(dweight, 0), mask=inside)
+    tl.store(partial + (parts + part) * D + channel, tl.sum(dbias, 0), mask=inside)

@@ -9,7 +9,7 @@ from ._launch import contiguous, launch, stored_dtype
 from ._norm_kernels import add_norm_backward, add_norm_forward
 
 _ELEMENTS = 2048  # of a tile of rows
-_PARTS = 1024  # programs of the backward pass, each with a partial sum of the weights' gradients
+_PARTS = 528  # programs of the backward pass, each with a partial sum of the weights' gradients
 
 
 def add_norm(
@@ -71,8 +71,8 @@ class _AddNorm(torch.autograd.Function):
         partial = stream.new_empty((2, parts, d), dtype=torch.float32)
         launch(
             add_norm_backward, parts, stream,
-            dy, dstream, stream, scale, weight, statistics, dx, dbranch, partial, rows, d,
-            rows // max(1, stream.shape[0]), RMS=ctx.rms, BLOCK=block, TILE=tile, num_warps=4,
+            dy, dstream, stream, scale, weight, statistics, dx, dbranch, partial, rows,
+            rows // max(1, stream.shape[0]), RMS=ctx.rms, D=d, BLOCK=block, TILE=tile, num_warps=4,
         )  # fmt: skip
         dweight, dbias = partial.sum(1)
         dx = _as(dx, x_dtype)

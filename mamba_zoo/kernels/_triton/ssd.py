@@ -46,11 +46,12 @@ class Shape:
 # halves; otherwise they do the same work twice, and Triton 3.6 may read operands of the second half beyond the tile:
 # on an H100, float32 tiles of 16 states were wrong or failed with eight warps and right with four.
 # What the compiler says for sm_90 (triton 3.6; 128 states, 64 channels a head): registers of a lane, bytes that it
-# spills, shared memory; bfloat16: 255, 304, 91 kB; 97, 0, 82 kB; 255, 304, 92 kB; 228, 0, 140 kB. What HEADS spills costs
-# less than it gains by fetching the next head meanwhile: 919 to 846 us on an H200 at 65,536 tokens.
+# spills, shared memory; bfloat16: 255, 304, 91 kB; 97, 0, 82 kB; 255, 304, 92 kB; 228, 0, 140 kB. What HEADS spills
+# costs less than it gains by fetching the next head meanwhile: 919 to 846 us on an H200 at 65,536 tokens.
 FORWARD, STATES, HEADS, MAPS = Shape(4, 2), Shape(8, 3), Shape(4, 2), Shape(8, 3)
 _SHARED = 144 * 1024  # bytes that MAPS needs at most; GPUs with less (8.6, 8.9, 12.0) get a stage less
-# Float32 operands take twice the room; float16 tokens: 255, 64, 66 kB; 128, 0, 37 kB; 255, 1632, 66 kB; 255, 408, 49 kB.
+# Float32 operands take twice the room; float16 tokens: 255, 64, 66 kB; 128, 0, 37 kB; 255, 1632, 66 kB; 255, 408,
+# 49 kB.
 WIDE_FORWARD, WIDE_STATES, WIDE_HEADS, WIDE_MAPS = Shape(4), Shape(8, 2), Shape(4), Shape(4)
 
 
