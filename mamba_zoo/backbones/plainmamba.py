@@ -72,7 +72,15 @@ class PlainMambaMixer(nn.Module):
         y = u = F.silu(self.conv(x))
         if self.ssm is not None:
             y = self.ssm(u.flatten(1, 2), scan_order(self.scan, (h, w), x.device), (h, w)).unflatten(1, (h, w))
-        return self.out_proj((y * F.silu(z)).to(u.dtype))
+        return self._projected(y * F.silu(z), u.dtype)
+
+    def _projected(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        layer, kind = self.out_proj, y.device.type
+        if dtype != torch.float16 or type(layer) is not nn.Linear or not torch.is_autocast_enabled(kind):
+            return layer(y.to(dtype))
+        # Sums over directions, which no norm follows, leave the range of float16 in training.
+        with torch.autocast(kind, enabled=False):
+            return F.linear(y.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
 class PlainMambaBlock(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mamba_zoo
 from mamba_zoo.backbones._direction import DirectionAwareSSM
-from mamba_zoo.backbones.plainmamba import checkpoint_filter_fn
+from mamba_zoo.backbones.plainmamba import PlainMambaMixer, checkpoint_filter_fn
 from mamba_zoo.scans import build_scan, scan_order
 
 SMALL: dict[str, Any] = {"dim": 24, "depth": 3, "img_size": 64, "num_classes": 7}
@@ -174,3 +174,15 @@ def test_compiles_exports_and_traces():
         "plainmamba_l1", features_only=True, feature_cls="fx", out_indices=(0, 1), depth=2, dim=24, img_size=32
     )
     assert [tuple(m.shape[1:]) for m in features(x)] == [(2, 3, 24)] * 2
+
+
+def test_sums_over_directions_may_leave_the_range_of_float16(device):
+    torch.manual_seed(0)
+    mixer = PlainMambaMixer(16).to(device)
+    with torch.no_grad():
+        mixer.ssm.D.fill_(1e6)
+    x = torch.randn(2, 4, 4, 16, device=device)
+    with torch.autocast(device.type, torch.float16):
+        y = mixer(x)
+    assert y.abs().max() > 1000  # the sums are larger by far
+    torch.testing.assert_close(y.float(), mixer(x), rtol=0, atol=0.01 * y.abs().max().item())
