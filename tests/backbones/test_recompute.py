@@ -153,7 +153,7 @@ def test_models_have_the_same_gradients(name, checkpointing, monkeypatch):
 
 @pytest.mark.parametrize("name", ["vmamba_mini", "vim_mini"])
 def test_nothing_stays_of_a_forward_pass_without_a_backward_pass(name):
-    model = mamba_zoo.create_model(name)
+    model: Any = mamba_zoo.create_model(name)
     size = model.pretrained_cfg["input_size"][-1]
     x = torch.randn(1, model.in_chans, size, size)
     counts = []
