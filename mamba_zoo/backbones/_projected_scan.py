@@ -1,8 +1,8 @@
 """The projections of a state-space layer and its scan as one node of autograd's graph, with a gradient of its own.
 
 As separate operations they are 23 to 29 nodes, and the gradient of the tokens is added up from two tensors of their
-size. Training with 128 images on an H100, as operations and as the node: vim_small 59.2 and 58.3 ms as a graph, 76 and 69
-called from Python; vmamba_tiny 35.1 and 34.6, 70 and 64.
+size. Training with 128 images on an H100, as operations and as the node: vim_small 59.2 and 58.3 ms as a graph, 76 and
+69 called from Python; vmamba_tiny 35.1 and 34.6, 70 and 64.
 """
 
 from __future__ import annotations
