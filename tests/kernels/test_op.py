@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from mamba_zoo import kernels
-from mamba_zoo.kernels import causal_conv1d, refusals, selective_scan
+from mamba_zoo.kernels import _triton, causal_conv1d, refusals, selective_scan
 from mamba_zoo.kernels.add_norm import add_norm
 
 from .problems import make_problem, solve
@@ -118,3 +118,24 @@ def test_parameters_and_results_are_floating_point():
         selective_scan(**problem, out_dtype="float32")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="cu_seqlens must be an int32 or int64 tensor, not list"):
         selective_scan(**problem, cu_seqlens=[0, 4])  # type: ignore[arg-type]
+
+
+def test_triton_is_left_out_where_it_could_not_build_its_launchers(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_triton.sys, "platform", "linux")
+    _triton._missing.cache_clear()
+    try:
+        monkeypatch.setattr(_triton.sysconfig, "get_path", lambda *names: str(tmp_path))
+        monkeypatch.setenv("CC", "gcc")
+        assert "has no Python.h" in str(_triton.refuse("cuda", torch.float32))
+        _triton._missing.cache_clear()
+        monkeypatch.delenv("CC")
+        monkeypatch.setattr(_triton.shutil, "which", lambda name: None)
+        assert "install gcc or clang" in str(_triton.refuse("cuda", torch.float32))
+        assert "install gcc or clang" in str(refusals("cuda", torch.float32, "ssd")["triton"])
+        (tmp_path / "Python.h").touch()
+        monkeypatch.setenv("CC", "gcc")
+        _triton._missing.cache_clear()
+        assert _triton.refuse("cuda", torch.float32) is None
+    finally:
+        _triton._missing.cache_clear()

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import sys
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -25,4 +30,18 @@ def refuse(device: str, dtype: torch.dtype) -> str | None:
         return f"Triton kernels compute in float32, not {str(dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
+    return None if interpreted else _missing()
+
+
+@lru_cache(maxsize=1)
+def _missing() -> str | None:
+    """What is not there of that with which Triton builds a launcher for each kernel when it is first needed."""
+    if sys.platform != "linux":
+        return None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton builds its launchers with a C compiler, and there is none: install gcc or clang, or set CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton has it
+    folder = Path(sysconfig.get_path("include", scheme))
+    if not (folder / "Python.h").exists():
+        return f"Triton builds its launchers with Python's headers, and {folder} has no Python.h: install python3-dev"
     return None
