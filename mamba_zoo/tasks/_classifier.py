@@ -45,10 +45,14 @@ class Classifier(Task):
         ema_decay: See `Task`.
         freeze: See `Task`.
 
+    Attributes:
+        least_classes: That it makes sense with.
+
     Raises:
         ValueError: a setting out of range.
     """
 
+    least_classes: ClassVar[int] = 2
     monitor, monitor_mode = "val/top1", "max"
     score_name, percent = "accuracy", True
     curves: ClassVar[tuple[str, ...]] = ("val/top1", "val/f1")
@@ -80,8 +84,12 @@ class Classifier(Task):
         super().__init__(
             net, name, opt, lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze
         )
-        self.class_names = check_classes(num_classes, class_names)
-        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.class_names = check_classes(num_classes, class_names, self.least_classes)
+        self.prepare_scores(num_classes, label_smoothing)
+
+    def prepare_scores(self, num_classes: int, label_smoothing: float) -> None:
+        """Make the loss and the metrics."""
+        self.loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.val_metrics = classification_metrics(num_classes, "val")
         self.test_metrics = classification_metrics(num_classes, "test")
         self.confusion = MulticlassConfusionMatrix(num_classes)
@@ -117,7 +125,11 @@ class Classifier(Task):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities `(n, num_classes)`, float32."""
-        return self.scores(self.inference_net, batch).float().softmax(-1)
+        return self.probabilities(self.scores(self.inference_net, batch).float())
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Class probabilities of scores."""
+        return scores.softmax(-1)
 
     def on_test_epoch_start(self) -> None:
         """Forget an earlier test."""
@@ -157,14 +169,14 @@ class Classifier(Task):
         return scores
 
 
-def check_classes(num_classes: int, class_names: Sequence[str] | None) -> list[str]:
+def check_classes(num_classes: int, class_names: Sequence[str] | None, least: int = 2) -> list[str]:
     """The names, or numbers for names.
 
     Raises:
-        ValueError: fewer than two classes, or another number of names.
+        ValueError: fewer than `least` classes, or another number of names.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes}; classification needs at least 2 classes")
+    if num_classes < least:
+        raise ValueError(f"num_classes={num_classes}; classification needs at least {least} classes")
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names has {len(class_names)} names for num_classes={num_classes}")
     return list(class_names) if class_names else [str(i) for i in range(num_classes)]

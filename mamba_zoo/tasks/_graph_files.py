@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-KARATE, TIES, DIGITS = "karate", "karate-ties", "digits"
+KARATE, TIES, DIGITS, DIGIT_TAGS = "karate", "karate-ties", "digits", "digits-tags"
+_TAGS = {"odd": (1, 3, 5, 7, 9), "high": (5, 6, 7, 8, 9), "prime": (2, 3, 5, 7), "loop": (0, 6, 8, 9)}
 _LIBRARIES = ("planetoid", "tu", "moleculenet", "pyg")
 
 
@@ -23,7 +24,8 @@ def read_graphs(root: str, download_dir: str) -> list[Any]:
 
     Args:
         root: "karate" (PyG's KarateClub); "karate-ties" (the same club with the strength of its ties); "digits" (the
-            handwritten digits of scikit-learn, each the graph of its inked pixels); "planetoid:NAME", "tu:NAME" or
+            handwritten digits of scikit-learn, each the graph of its inked pixels); "digits-tags" (the same with what
+            is true of each: odd, above four, prime, written with a loop); "planetoid:NAME", "tu:NAME" or
             "moleculenet:NAME", data sets of PyG; "pyg:CLASS" or "pyg:CLASS:NAME", any other class of
             `torch_geometric.datasets`, such as "pyg:GNNBenchmarkDataset:MNIST", its splits if it has some among them;
             or a folder, see `read_folder`.
@@ -43,14 +45,14 @@ def read_graphs(root: str, download_dir: str) -> list[Any]:
         return [KarateClub()[0]]
     if root == TIES:
         return [_ties()]
-    if root == DIGITS:
-        return _digits()
+    if root in (DIGITS, DIGIT_TAGS):
+        return _digits(tags=root == DIGIT_TAGS)
     if colon and kind in _LIBRARIES:
         return _of_library(kind, name, download_dir)
     if not Path(root).is_dir():
         raise FileNotFoundError(
-            f"root={root!r} is no folder; give one, or {KARATE}, {TIES}, {DIGITS}, planetoid:Cora, tu:MUTAG, "
-            "moleculenet:ESOL, or another data set of PyG by its class, such as pyg:GNNBenchmarkDataset:MNIST"
+            f"root={root!r} is no folder; give one, or {KARATE}, {TIES}, {DIGITS}, {DIGIT_TAGS}, planetoid:Cora, "
+            "tu:MUTAG, moleculenet:ESOL, or another data set of PyG by its class, such as pyg:GNNBenchmarkDataset:MNIST"
         )
     return read_folder(Path(root))
 
@@ -61,8 +63,8 @@ def read_folder(folder: Path) -> list[Any]:
     A row of `nodes.csv` is a node: `graph` (its number from 0; one graph without this column), `label`, `split` (train,
     val or test), and features in all other columns. A row of `edges.csv` is a directed edge: `source` and `target`, the
     numbers of nodes within their graph, `graph` likewise, `label` (a number to predict), and features. A row of
-    `graphs.csv` is a graph: `label` (or several columns of targets) and `split`; with `split` alone, the labels are
-    those of the nodes. Labels of classes are numbers from 0.
+    `graphs.csv` is a graph: `label` (or several columns of targets, empty where unknown) and `split`; with `split`
+    alone, the labels are those of the nodes. Labels of classes are numbers from 0.
 
     Raises:
         FileNotFoundError: a table is missing.
@@ -100,7 +102,8 @@ def read_folder(folder: Path) -> list[Any]:
         if graphs is not None:
             targets = [key for key in graphs if key != "split"]
             if targets:
-                data.y = torch.tensor([[float(graphs[key][i]) for key in targets]])
+                data.y = torch.tensor([[float(graphs[key][i] or "nan") for key in targets]])
+                data.target_names = targets
             data.split_name = graphs["split"][i] if "split" in graphs else None
         found.append(data)
     return found
@@ -137,8 +140,11 @@ def _ties() -> Any:
     return LocalDegreeProfile()(data)
 
 
-def _digits() -> list[Any]:
-    """Inked pixels with intensity and place as features, joined to those of the eight around them that are inked."""
+def _digits(tags: bool) -> list[Any]:
+    """Inked pixels with intensity and place as features, joined to those of the eight around them that are inked.
+
+    Their targets are the digits, or with `tags` what is true of them.
+    """
     from sklearn.datasets import load_digits
     from torch_geometric.data import Data
 
@@ -148,7 +154,11 @@ def _digits() -> list[Any]:
         place = image.nonzero()
         x = torch.cat([image[image > 0][:, None], place / 7.0], dim=1)
         near = (place[:, None] - place[None]).abs().amax(-1) == 1
-        found.append(Data(x=x, edge_index=near.nonzero().T.contiguous(), y=torch.tensor([label])))
+        data = Data(x=x, edge_index=near.nonzero().T.contiguous(), y=torch.tensor([label]))
+        if tags:
+            data.y = torch.tensor([[float(label in digits) for digits in _TAGS.values()]])
+            data.target_names = list(_TAGS)
+        found.append(data)
     return found
 
 

@@ -8,17 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from ..backbones._fbank import front_end as make_front_end
 from . import audio_augment as augment
 from ._classifier import Classifier, check_classes
-from ._tagging_metrics import OverClasses
+from ._tagger import Tagger
 from .audio_models import build_listener
 
 _EXAMPLES = 8  # recordings of a test that are drawn
@@ -185,23 +182,11 @@ class AudioClassifier(Classifier):
             share = torch.distributions.Beta(self.mixup, self.mixup).sample((len(x),)).to(x.device)
             x = share[:, None, None] * x + (1 - share)[:, None, None] * x[partner]
             target = share[:, None] * target + (1 - share)[:, None] * target[partner]
-        return self.criterion(self.net(x).float(), target)
+        return self.loss(self.net(x).float(), target)
 
     def soft_targets(self, batch: Any) -> Tensor:
         """Targets as probabilities `(b, num_classes)`."""
         return F.one_hot(self.targets(batch), len(self.class_names)).float()
-
-    def criterion(self, scores: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy with soft targets."""
-        return self.loss(scores, target)
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """Class probabilities of scores."""
-        return scores.softmax(-1)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities `(b, num_classes)`, float32."""
-        return self.probabilities(self.scores(self.inference_net, batch).float())
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Metrics and confusion of one batch; a few recordings are kept for the pictures."""
@@ -257,19 +242,12 @@ class AudioClassifier(Classifier):
         return predict_csv(self, args)
 
 
-class AudioTagger(AudioClassifier):
+class AudioTagger(AudioClassifier, Tagger):
     """A model with its front end: waveforms in, any number of classes out, each with its own probability.
 
-    Arguments are those of `AudioClassifier`; `label_smoothing` moves 0 and 1 by half of it. The score is the mean
-    average precision over the classes that some recordings have and others lack (mAP).
+    Arguments are those of `AudioClassifier`; `label_smoothing` moves 0 and 1 by half of it. Scores are those of
+    `Tagger`.
     """
-
-    monitor = "val/map"
-    score_name, percent = "mAP", False
-    curves: ClassVar[tuple[str, ...]] = ("val/map",)
-    metric_names: ClassVar[Mapping[str, str]] = {
-        "map": "mean average precision", "auroc": "mean area under ROC", "loss": "binary cross-entropy",
-    }  # fmt: skip
 
     def __init__(
         self,
@@ -311,73 +289,13 @@ class AudioTagger(AudioClassifier):
             lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze,
         )  # fmt: skip
         self.save_hyperparameters()
-        self.val_metrics, self.test_metrics = (
-            MetricCollection(
-                {"map": OverClasses(binary_average_precision), "auroc": OverClasses(binary_auroc)},
-                prefix=f"{split}/",
-            )
-            for split in ("val", "test")
-        )
-        self.smoothing = label_smoothing
-        self.confusion = nn.Identity()  # tags do not exclude each other
-        self._scored: list[tuple[Tensor, Tensor]] = []
 
     def soft_targets(self, batch: Any) -> Tensor:
         """Targets as probabilities `(b, num_classes)`."""
-        return self.targets(batch).float() * (1 - self.smoothing) + self.smoothing / 2
-
-    def criterion(self, scores: Tensor, target: Tensor) -> Tensor:
-        """Binary cross-entropy of each class."""
-        return F.binary_cross_entropy_with_logits(scores, target)
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """Class probabilities of scores."""
-        return scores.sigmoid()
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Metrics of one batch."""
-        scores = self._evaluate(batch, "test")
-        self._scored.append((self.targets(batch).cpu(), self.probabilities(scores).cpu()))
-        self._keep_examples(batch)
-
-    def on_test_epoch_start(self) -> None:
-        """Forget an earlier test."""
-        self._scored.clear()
-        self._examples.clear()
-
-    @property
-    def test_items(self) -> np.ndarray | None:
-        """Average precision of the tags of each recording, 0 for one without tags."""
-        found = self.test_arrays()
-        if not found:
-            return None
-        order = np.argsort(-found["probability"], axis=1, kind="stable")
-        hits = np.take_along_axis(found["target"], order, axis=1)
-        precision = hits.cumsum(1) / np.arange(1, hits.shape[1] + 1)
-        return (precision * hits).sum(1) / np.maximum(hits.sum(1), 1)
-
-    def test_arrays(self) -> dict[str, np.ndarray]:
-        """`target (recordings, classes)` and `probability`, likewise."""
-        if not self._scored:
-            return {}
-        target, probability = (torch.cat(part).numpy() for part in zip(*self._scored, strict=True))
-        return {"target": target, "probability": probability}
-
-    def write_test_artifacts(self, out: Path) -> list[str]:
-        """Spectrograms of some test recordings, as a picture."""
-        return self._draw_examples(out)
+        return self.targets(batch).float()
 
     def _label(self, target: Tensor) -> str:
         return "; ".join(self.class_names[i] for i in target.nonzero()[:, 0].tolist()) or "nothing"
-
-    def _evaluate(self, batch: Any, split: str) -> Tensor:
-        scores, y = self.scores(self.inference_net, batch).float(), self.targets(batch)
-        loss = self.criterion(scores, y.float())
-        self.log(f"{split}/loss", loss, on_epoch=True, batch_size=len(y), sync_dist=True)
-        metrics = self.val_metrics if split == "val" else self.test_metrics
-        metrics.update(scores, y)
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(y))
-        return scores
 
 
 def _levelled(x: Tensor, padding: Tensor, unit: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -93,7 +93,7 @@ class GraphClassifier(Ordered, Classifier):
         ema_decay: float | None = None,
         freeze: Freeze = "none",
     ) -> None:
-        check_classes(num_classes, None)
+        check_classes(num_classes, None, self.least_classes)
         told = told_of(in_chans, edge_chans, encoder, edges, pe, pe_steps)
         net = build_graph_model(name, scan, self.level, num_classes, told, options or {})
         super().__init__(
@@ -118,9 +118,19 @@ class GraphClassifier(Ordered, Classifier):
         """Class probabilities of the graphs of a source, as CSV."""
         data = source_of(self, args)
         probabilities = torch.cat([self.predict_step(batch, 0) for batch in batches_of(data.graphs, args.batch_size)])
-        return _write(
-            args, [{"graph": i} for i in range(len(probabilities))], probabilities, self.class_names, "graphs"
-        )
+        return self.write_predictions(args, [{"graph": i} for i in range(len(probabilities))], probabilities)
+
+    def write_predictions(
+        self, args: argparse.Namespace, items: Sequence[Mapping[str, Any]], probabilities: Tensor
+    ) -> str:
+        """Write probabilities `(items, classes)` beside the columns that name the items; returns what was done."""
+        out = Path(args.out or "predictions.csv")
+        self.write_table(out, items, probabilities.detach())
+        return f"{len(probabilities):,} {self.unit} -> {out}"
+
+    def write_table(self, out: Path, items: Sequence[Mapping[str, Any]], probabilities: Tensor) -> None:
+        """The likeliest classes of each item, as CSV."""
+        write_classes(out, items, probabilities, self.class_names)
 
 
 class NodeClassifier(GraphClassifier):
@@ -179,8 +189,8 @@ class NodeClassifier(GraphClassifier):
         with torch.no_grad():
             for named, batch in source_of(self, args).node_batches(self.hparams["row_normalize"], args.batch_size):
                 names += named
-                found.append(self.inference_net(batch).float().softmax(-1))
-        return _write(args, names, torch.cat(found), self.class_names, "nodes")
+                found.append(self.probabilities(self.inference_net(batch).float()))
+        return self.write_predictions(args, names, torch.cat(found))
 
 
 class EdgeClassifier(NodeClassifier):
@@ -303,9 +313,3 @@ def batches_of(graphs: list[Any], size: int) -> list[Any]:
     for data in plain:
         data.y = None
     return [Batch.from_data_list(plain[i : i + size]) for i in range(0, len(plain), size)]
-
-
-def _write(args: argparse.Namespace, items: Any, probabilities: Tensor, names: list[str], unit: str) -> str:
-    out = Path(args.out or "predictions.csv")
-    write_classes(out, items, probabilities.detach(), names)
-    return f"{len(probabilities):,} {unit} -> {out}"

@@ -165,8 +165,12 @@ class GraphData(GraphSource):
         self.save_hyperparameters(logger=False)
 
     @cached_property
-    def labels(self) -> np.ndarray:
-        """Targets of all graphs, `(graphs, targets)`."""
+    def targets(self) -> np.ndarray:
+        """Targets of all graphs as they are given, `(graphs, targets)`.
+
+        Raises:
+            ValueError: graphs without any, or with different numbers of them.
+        """
         if any(data.get("y") is None for data in self.graphs):
             raise ValueError(f"{self.root} has graphs without a label; training needs graphs.csv or the data set's own")
         counts = sorted({data.y.numel() for data in self.graphs})
@@ -175,9 +179,25 @@ class GraphData(GraphSource):
                 f"graphs of {self.root} have {counts[0]} to {counts[-1]} labels each, perhaps those of their nodes; "
                 "give every graph as many, in graphs.csv or the data set's y"
             )
-        found = np.stack([data.y.reshape(-1).numpy() for data in self.graphs])
+        return np.stack([data.y.reshape(-1).numpy() for data in self.graphs])
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Targets of all graphs, `(graphs, targets)`; integers if all are whole."""
+        found = self.targets
         whole = found.dtype.kind == "f" and bool((found == np.rint(found)).all())
         return found.astype(np.int64) if whole else found
+
+    @property
+    def fitting_task(self) -> str:
+        """The task that learns such labels."""
+        if len(self.graphs) == 1:
+            return "node-classification"
+        found, unknown = self.targets, np.isnan(self.targets)
+        one = found.shape[1] == 1
+        if bool((unknown | (found == 0) | (found == 1)).all()) and (not one or unknown.any()):
+            return "graph-tagging"
+        return "graph-classification" if one and bool((found == np.rint(found)).all()) else "graph-regression"
 
     @property
     def num_classes(self) -> int:
@@ -187,10 +207,10 @@ class GraphData(GraphSource):
             ValueError: labels that are not one class number each.
         """
         if self.labels.shape[1] != 1 or self.labels.dtype.kind == "f":
-            task = "node-classification" if len(self.graphs) == 1 else "graph-regression"
+            unknown = ", some unknown" if np.isnan(self.targets).any() else ""
             raise ValueError(
-                f"graphs of {self.root} have {self.labels.shape[1]} targets of {self.labels.dtype}, not one class "
-                f"number each; train them with --task {task}"
+                f"graphs of {self.root} have {self.labels.shape[1]} targets of {self.labels.dtype}{unknown}, not one "
+                f"class number each; train them with --task {self.fitting_task}"
             )
         return int(self.labels.max()) + 1
 
@@ -221,7 +241,7 @@ class GraphData(GraphSource):
     def _plain(data: Any) -> Any:
         """A copy without what does not go into batches."""
         data = data.clone()
-        for key in ("split_name", "smiles", "split_of_node"):
+        for key in ("split_name", "smiles", "split_of_node", "target_names"):
             if key in data:
                 del data[key]
         return data
@@ -288,7 +308,20 @@ class TargetData(GraphData):
     @cached_property
     def labels(self) -> np.ndarray:
         """Targets of all graphs, `(graphs, targets)`, floating."""
-        return np.stack([data.y.reshape(-1).float().numpy() for data in self.graphs])
+        return self.targets.astype(np.float32)
+
+    def parts(self) -> dict[str, Dataset]:
+        """Graphs of each split.
+
+        Raises:
+            ValueError: targets that are unknown.
+        """
+        if lost := int(np.isnan(self.targets).any(1).sum()):
+            raise ValueError(
+                f"{lost} graphs of {self.root} have targets that are unknown, of which numbers cannot be learnt; leave "
+                "these graphs out, or train labels of 0 and 1 with --task graph-tagging"
+            )
+        return super().parts()
 
     @property
     def center(self) -> list[float]:

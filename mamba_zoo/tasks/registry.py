@@ -87,6 +87,11 @@ TASKS: dict[str, TaskEntry] = {
         ".graph:GraphClassifier", ".graph_data:GraphData", "name graphs",
         (("digits", "graph_digits"), (r"tu:.*", "graph_tu"), (".*", "graph_digits")),
     ),
+    "graph-tagging": TaskEntry(
+        ".graph_tagging:GraphTagger", ".graph_tags:TaggedGraphData", "name everything that a graph is",
+        (("digits-tags", "graph_digits_tags"), (r"pyg:LRGBDataset:Peptides-func", "graph_peptides_func"),
+         (".*", "graph_digits_tags")),
+    ),
     "graph-regression": TaskEntry(
         ".graph_regression:GraphRegressor", ".graph_data:TargetData", "read numbers off graphs",
         (("digits", "graph_digits_regression"), (r"moleculenet:.*", "graph_esol"), (".*", "graph_digits_regression")),
