@@ -101,6 +101,14 @@ def linear_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def are_hooked(*layers: nn.Module) -> bool:
+    """Whether hooks would see that one of the layers is called."""
+    return bool(_has_any_global_hook()) or any(
+        bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        for layer in layers
+    )
+
+
 class LeanMlp(Mlp):
     """timm's MLP with its activations computed again: on a GPU in one node of autograd, elsewhere if they are large."""
 
@@ -124,11 +132,7 @@ class LeanMlp(Mlp):
         for part in (self.drop1, self.norm, self.drop2):
             if type(part) is not nn.Identity and (type(part) is not nn.Dropout or (part.training and part.p > 0)):
                 return False
-        return not _has_any_global_hook() and not any(
-            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-            or "forward" in part.__dict__
-            for part in self.children()
-        )  # fmt: skip
+        return not are_hooked(*self.children()) and not any("forward" in part.__dict__ for part in self.children())
 
 
 class MapBlock(nn.Module):

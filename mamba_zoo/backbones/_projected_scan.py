@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels._op import watched
 from ..kernels.selective_scan import scan_gradients, scan_keeping
-from ._block import linear_dtype
+from ._block import are_hooked, linear_dtype
 from ._recompute import worth_making_again
 
 DEVICES = ("cuda",)  # where the node is taken; () takes it nowhere
@@ -35,16 +34,11 @@ def is_one_node(layers: tuple[nn.Module, ...], u: Tensor, z: Tensor | None, *wei
     inputs = (u, z, *weights)
     if u.device.type not in DEVICES or not torch.is_grad_enabled() or watched(inputs):
         return False
-    if _has_any_global_hook() or any(map(_is_hooked, layers)):
+    if are_hooked(*layers):
         return False
     if weights[0].dtype != u.dtype and not torch.is_autocast_enabled(u.device.type):
         return False  # torch names the dtypes
     return any(x is not None and x.requires_grad for x in inputs)
-
-
-def _is_hooked(layer: nn.Module) -> bool:
-    forward, backward = layer._forward_hooks or layer._forward_pre_hooks, layer._backward_hooks
-    return bool(forward or backward or layer._backward_pre_hooks)
 
 
 def projected_scan(

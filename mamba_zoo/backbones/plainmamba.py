@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..scans import ScanLike, scan_order
 from ._base import Pyramid, Stage
-from ._block import LayerNorm
+from ._block import LayerNorm, are_hooked
 from ._direction import DirectionAwareSSM
 from ._embed import MapBatchNorm, MapConv, resample_grid
 from ._init import init_linear_, trunc_normal_
@@ -76,7 +76,8 @@ class PlainMambaMixer(nn.Module):
 
     def _projected(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         layer, kind = self.out_proj, y.device.type
-        if dtype != torch.float16 or type(layer) is not nn.Linear or not torch.is_autocast_enabled(kind):
+        plain = type(layer) is nn.Linear and not are_hooked(layer)
+        if dtype != torch.float16 or not plain or not torch.is_autocast_enabled(kind):
             return layer(y.to(dtype))
         # Sums over directions, which no norm follows, leave the range of float16 in training.
         with torch.autocast(kind, enabled=False):

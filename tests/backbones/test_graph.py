@@ -214,7 +214,7 @@ def test_evaluation_is_deterministic_unless_asked_and_training_draws_orders():
 def test_random_orders_are_drawn_anew_and_averaged():
     found = Graphs.of(karate())
     drawn = Orders("colour", "random", 1, 5, 0)
-    firsts = {visits[0].order[0, 0].item() for visits in drawn.draw(None, found, 40, training=True)}  # type: ignore
+    firsts = {visits[0].order[0, 0].item() for visits in drawn.draw(None, found, 40, training=True)}  # type: ignore[arg-type]
     assert len(firsts) > 15, "any node may come first"
     assert [len(visits) for visits in drawn.draw(None, found, 2, training=False)] == [5, 5]
 

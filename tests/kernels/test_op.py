@@ -127,14 +127,18 @@ def test_triton_is_left_out_where_it_could_not_build_its_launchers(monkeypatch, 
     try:
         monkeypatch.setattr(_triton.sysconfig, "get_path", lambda *names: str(tmp_path))
         monkeypatch.setenv("CC", "gcc")
+        monkeypatch.delenv("CPATH", raising=False)
+        monkeypatch.delenv("C_INCLUDE_PATH", raising=False)
         assert "has no Python.h" in str(_triton.refuse("cuda", torch.float32))
         _triton._missing.cache_clear()
         monkeypatch.delenv("CC")
         monkeypatch.setattr(_triton.shutil, "which", lambda name: None)
         assert "install gcc or clang" in str(_triton.refuse("cuda", torch.float32))
         assert "install gcc or clang" in str(refusals("cuda", torch.float32, "ssd")["triton"])
-        (tmp_path / "Python.h").touch()
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "Python.h").touch()
         monkeypatch.setenv("CC", "gcc")
+        monkeypatch.setenv("CPATH", str(tmp_path / "elsewhere"))
         _triton._missing.cache_clear()
         assert _triton.refuse("cuda", torch.float32) is None
     finally:

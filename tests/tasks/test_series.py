@@ -15,11 +15,10 @@ import torch
 from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import evaluate, load_task, train_once
 from mamba_zoo.tasks._gaps import interpolate, random_gaps, turn_gaps
-from mamba_zoo.tasks._series_loss import known_error, spectral_error, step_weights, without_frequencies
 from mamba_zoo.tasks.anomaly import AnomalyDetector
 from mamba_zoo.tasks.labelled_series import read_parts
-from mamba_zoo.tasks.series_data import SeriesData, fill_forward, season_of, split_rows
-from mamba_zoo.tasks.series_files import find_table, later_dates, read_table, time_marks
+from mamba_zoo.tasks.series_data import SeriesData, fill_forward, split_rows
+from mamba_zoo.tasks.series_files import find_table, read_table
 from mamba_zoo.tasks.series_predict import spread_of
 from mamba_zoo.tasks.series_windows import WatchedData, WindowData, laid_together, overlapping, side_by_side
 
@@ -67,81 +66,6 @@ def predict(run: Path, data: Path, out: Path, *flags: str) -> list[dict[str, str
     given = ["--checkpoint", str(run), "--data", str(data), "--out", str(out), "--device", "cpu"]
     assert evaluate.predict_main([*given, *flags]) == 0
     return rows_of(out)
-
-
-@pytest.mark.parametrize(
-    ("dates", "step"),
-    [
-        (["2016-07-01 00:00:00", "2016-07-01 01:00:00"], 3600),
-        (["1990/1/1 0:00", "1990/1/2 0:00"], 86_400),
-        (["2021-05-01 00:00:00+00:00", "2021-05-01T00:30:00Z"], 1800),
-        (["1949-01", "1949-02"], 31 * 86_400),
-        (["1991 Jul", "1991 August"], 31 * 86_400),
-        (["1970 Q1", "1970-Q2"], 90 * 86_400),
-    ],
-)
-def test_reads_dates_as_they_are_written(tmp_path, dates, step):
-    path = tmp_path / "t.csv"
-    path.write_text(f"# a comment\nPeriod,x,y\n{dates[0]},1,\n{dates[1]},2.5,NA\n")
-    table = read_table(path)
-    assert table.names == ["x", "y"]
-    assert table.values[:, 0].tolist() == [1, 2.5]
-    assert np.isnan(table.values[:, 1]).all()
-    assert table.dates is not None
-    assert np.diff(table.dates).astype(np.int64).tolist() == [step]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("date,x\n2020-01-01,1\n2020-13,x\n", "'x' in column 'x' is no number"),
-        ("date,x\n2020-01-01,1\nyesterday,2\n", "'yesterday' in column 'date' is no date"),
-        ("x,y\n1,2\n3\n", "row 3: 1 cells for 2 columns"),
-        ("x\n", "no rows below its header"),
-        ("2020-01-01,0.5,1\n2020-01-02,1,2\n", "has no header: its first row is 2020-01-01, 0.5, 1"),
-        ("7,8\n1,2\n", "has no header: its first row is 7, 8"),
-        ("x;y\n1;2\n", "';' between its columns; it needs commas"),
-        ("x,x\n1,2\n", "2 columns 'x'; a name for each"),
-        ("date,x\n2020-01-02,1\n2020-01-01,2\n", "row 3: '2020-01-01' comes after '2020-01-02'; sort the rows"),
-        ("x,y\n1,2\n3,-inf\n", "row 3: the value in column 'y' is infinite"),
-    ],
-)
-def test_says_which_cell_of_a_table_is_wrong(tmp_path, text, message):
-    path = tmp_path / "t.csv"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_table(path)
-
-
-def test_reads_the_columns_that_are_asked_for_whatever_the_others_hold(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_text(",place,0,Label\n1821,inside,1,0\n1822,outside,2,1\n")
-    with pytest.raises(ValueError, match="'inside' in column 'place' is no number; leave the column out with columns="):
-        read_table(path)
-    assert read_table(path, ["0"]).values.tolist() == [[1], [2]]
-    assert read_table(path, ["0"], ["label"]).names == ["0", "Label"]
-    with pytest.raises(ValueError, match="no column 'x'; it has place, 0"):
-        read_table(path, ["x"])
-    path.write_text(",0,1\n0,5,6\n1,7,8\n")  # as pandas writes it: the first column numbers the rows
-    assert read_table(path).values.tolist() == [[5, 6], [7, 8]]
-    path.write_bytes("größe\n1\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="save it as UTF-8"):
-        read_table(path)
-
-
-def test_marks_and_later_dates():
-    dates = np.array(["2016-07-01T00:00:00", "2016-07-03T23:00:00"], dtype="datetime64[s]")
-    want = [[0 / 23, 4 / 6, 0 / 30, 182 / 365], [23 / 23, 6 / 6, 2 / 30, 184 / 365]]  # a Friday and a Sunday
-    np.testing.assert_allclose(time_marks(dates), np.array(want) - 0.5, atol=1e-6)
-    months = np.array(["2019-11-01", "2019-12-01", "2020-01-01"], dtype="datetime64[s]")
-    assert [str(d)[:7] for d in later_dates(months, 2)] == ["2020-02", "2020-03"]
-    assert season_of(months) == 12
-    quarters = np.array(["2019-07", "2019-10", "2020-01", "2020-04"], dtype="datetime64[M]").astype("datetime64[s]")
-    assert [str(d)[:7] for d in later_dates(quarters, 2)] == ["2020-07", "2020-10"]
-    assert season_of(quarters) == 4
-    hours = np.datetime64("2020-01-01T22:00:00") + np.arange(3).astype("timedelta64[h]")
-    assert str(later_dates(hours.astype("datetime64[s]"), 1)[0]) == "2020-01-02T01:00:00"
-    assert season_of(hours.astype("datetime64[s]")) == 24
 
 
 def test_splits_as_published():
@@ -344,58 +268,6 @@ def test_unknown_models_and_settings_are_refused(table):
             Forecaster("s_mamba", spectral_loss=part)
 
 
-def test_far_steps_count_less_and_unknown_values_not_at_all():
-    wanted = torch.tensor([[2.0, 2.0, 2.0], [1.0, 3.0, torch.nan]])[..., None]
-    weights, arctan = step_weights("root", 3), step_weights("arctan", 100_000)
-    assert step_weights("even", 3) is None
-    assert weights is not None
-    assert arctan is not None
-    assert weights.tolist() == pytest.approx([1, 2**-0.5, 3**-0.5])
-    assert arctan[[0, -1]].tolist() == pytest.approx([1, 1 - np.pi / 4], abs=1e-4)
-    mean, of_windows = known_error(torch.zeros(2, 3, 1), wanted, "mae", weights)
-    assert of_windows.tolist() == pytest.approx([2, (1 + 3 * 2**-0.5) / (1 + 2**-0.5)])
-    assert float(mean) == pytest.approx((2 * (1 + 2**-0.5 + 3**-0.5) + 1 + 3 * 2**-0.5) / (2 + 2 * 2**-0.5 + 3**-0.5))
-    nothing = known_error(torch.zeros(1, 3, 1), torch.full((1, 3, 1), torch.nan), "mse", weights)
-    assert float(nothing[0]) == float(nothing[1]) == 0
-
-
-@pytest.mark.parametrize("steps", [1, 8, 9])
-def test_spectra_are_compared_by_the_formula_of_the_transform(steps):
-    generator = torch.Generator().manual_seed(steps)
-    found, wanted = (torch.randn(3, steps, 2, generator=generator, dtype=torch.float64) for _ in range(2))
-    at = torch.arange(steps // 2 + 1)[:, None] * torch.arange(steps)
-    waves = torch.exp(-2j * np.pi * at / steps) / steps**0.5
-    expected = torch.einsum("ks,bsv->bkv", waves, (found - wanted).to(waves.dtype)).abs()
-    mean, of_windows = spectral_error(found, wanted)
-    assert float(mean) == pytest.approx(float(expected.mean()), rel=1e-6)
-    assert of_windows.tolist() == pytest.approx(expected.mean((1, 2)).tolist(), rel=1e-6)
-
-
-def test_gradients_of_spectra_are_those_of_differences_and_none_where_nothing_is_known():
-    generator = torch.Generator().manual_seed(0)
-    found, wanted = (torch.randn(2, 5, 2, generator=generator) for _ in range(2))
-    wanted[0, 3, 1] = torch.nan
-    found.requires_grad_()
-    spectral_error(found, wanted)[0].backward()
-    gradient = found.grad
-    assert gradient is not None
-    assert float(gradient[0, 3, 1]) == 0
-    for b, step, v in [(0, 0, 0), (0, 4, 1), (1, 3, 1)]:
-        with torch.no_grad():
-            shift = torch.zeros_like(found)
-            shift[b, step, v] = 1e-2
-            slope = (spectral_error(found + shift, wanted)[0] - spectral_error(found - shift, wanted)[0]) / 2e-2
-        assert float(gradient[b, step, v]) == pytest.approx(float(slope), rel=1e-2, abs=1e-4)
-    known = wanted.clone()
-    known[0, 3, 1] = found[0, 3, 1].detach()  # no error
-    errors = [spectral_error(found.detach(), values)[0].item() for values in (wanted, known)]
-    assert errors[0] == pytest.approx(errors[1])
-    same = torch.ones(1, 4, 1, requires_grad=True)
-    spectral_error(same, torch.ones(1, 4, 1))[0].backward()
-    assert same.grad is not None
-    assert same.grad.abs().max() == 0
-
-
 def test_the_loss_mixes_errors_of_steps_and_of_spectra(table, tmp_path):
     data = SeriesData(str(table), 24, 6, batch_size=512)
     over_time, spectral, mixed = (
@@ -407,19 +279,6 @@ def test_the_loss_mixes_errors_of_steps_and_of_spectra(table, tmp_path):
     )  # fmt: skip
     assert abs(over_time - spectral) > 0.01
     assert mixed == pytest.approx(0.1 * over_time + 0.9 * spectral, rel=1e-5)
-
-
-def test_frequencies_are_taken_out_of_a_window_and_of_what_follows_alike():
-    torch.manual_seed(0)
-    x, y = torch.randn(64, 24, 2), torch.randn(64, 9, 2)
-    y[0, 3, 1] = torch.nan
-    new_x, new_y = without_frequencies(x, y, 0.25)
-    assert new_x[0, :, 1].equal(x[0, :, 1])  # cannot be known
-    assert new_y[0, :, 1].isnan().sum() == 1
-    before, after = (torch.fft.rfft(torch.cat(part, 1)[1:], dim=1) for part in ((x, y), (new_x, new_y)))
-    gone = after.abs() < 1e-4
-    assert 0.2 < gone.float().mean() < 0.3
-    torch.testing.assert_close(after[~gone], before[~gone], atol=1e-4, rtol=1e-4)
 
 
 def test_gaps_cover_what_they_should_and_lines_close_them():

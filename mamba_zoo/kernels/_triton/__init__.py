@@ -41,7 +41,8 @@ def _missing() -> str | None:
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton builds its launchers with a C compiler, and there is none: install gcc or clang, or set CC"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton has it
-    folder = Path(sysconfig.get_path("include", scheme))
-    if not (folder / "Python.h").exists():
+    folder = sysconfig.get_path("include", scheme)
+    named = [x for key in ("CPATH", "C_INCLUDE_PATH") for x in os.environ.get(key, "").split(os.pathsep) if x]
+    if not any((Path(x) / "Python.h").exists() for x in (folder, *named)):
         return f"Triton builds its launchers with Python's headers, and {folder} has no Python.h: install python3-dev"
     return None
