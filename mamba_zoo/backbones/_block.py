@@ -117,8 +117,8 @@ class LeanMlp(Mlp):
         fc1, fc2 = self.fc1, self.fc2
         if type(fc1) is type(fc2) is nn.Linear:
             weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
-            if in_one_node(x, *weights) and self._ordinary():
-                return mlp(x, *weights, backend="triton")
+            if (backend := in_one_node(x, *weights)) and self._ordinary():
+                return mlp(x, *weights, backend=backend)
         x = fc1(x)
         y = self.act(x)
         with recomputed(y, self.act, x):

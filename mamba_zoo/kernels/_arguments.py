@@ -37,6 +37,16 @@ def check_floating(**dtypes: torch.dtype) -> None:
             raise TypeError(f"{name} must be of a floating-point dtype, not {dtype}; convert it with .float()")
 
 
+def contiguous(x: Tensor | None) -> Any:
+    """`x` in one piece; asking takes a fifth of the time of a copy that is not needed."""
+    return x if x is None or x.is_contiguous() else x.contiguous()
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, likewise."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def as_exact(name: str, value: Tensor, exact: torch.dtype) -> Tensor:
     """`value` in the dtype of states, which is not asked for again if it has it."""
     if value.dtype == exact:

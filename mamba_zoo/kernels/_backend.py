@@ -56,6 +56,16 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, op: str = "
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def fused(kind: str, dtype: torch.dtype, op: str) -> str:
+    """The same for an op that without kernels is plain torch: "reference", and no warning, where no GPU backend serves.
+
+    Within `use(name)` that is `name` if it has the op and serves it here.
+    """
+    if _override and _has(_override[-1], op):
+        return _override[-1] if serves(_override[-1], kind, dtype, op) else "reference"
+    return next((name for name in ("cuda", "triton") if serves(name, kind, dtype, op)), "reference")
+
+
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
     """Within the block, every op called with `backend="auto"` uses `backend`."""

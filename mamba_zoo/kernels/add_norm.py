@@ -1,4 +1,4 @@
-"""Add a branch to the residual stream and normalise the sum, as one pass over memory where Triton runs.
+"""Add a branch to the residual stream and normalise the sum, as one pass over memory on a GPU.
 
 In plain torch under autocast this is an addition, a float32 norm and a cast, forward and backward: more than twice the
 bytes, counted by hand; norms and casts were 21 of the 56 ms of a training step of VMamba-T, profiled on an H200.
@@ -6,15 +6,19 @@ bytes, counted by hand; norms and casts were 21 of the 56 ms of a training step 
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._arguments import check_floating, check_tensors
-from ._backend import implementation, serves
+from ._arguments import check_floating, check_tensors, contiguous
+from ._backend import choose, fused, implementation
 from ._op import watched
 
 KINDS = ("layer", "rms")
+_FUSED = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read and write
 
 
 def add_norm(
@@ -41,14 +45,14 @@ def add_norm(
         eps: Added to the variance, or to the mean square.
         kind: "layer" (arXiv:1607.06450) or "rms" (arXiv:1910.07467).
         out_dtype: Of the normed tokens; None is that of the stream.
-        backend: "auto", "triton" or "reference"; "auto" takes Triton on a GPU.
+        backend: "auto", "cuda", "triton" or "reference"; "auto" takes the first that serves a GPU.
 
     Returns:
         The stream, in the wider dtype of `x` and `branch` (`x` itself without a branch); and the normed tokens.
 
     Raises:
-        ValueError: shapes that disagree, an unknown `kind` or `backend`, a `bias` with "rms", `scale` without `branch`,
-            tensors on several devices.
+        ValueError: shapes that disagree, an unknown `kind`, a `backend` that is unknown or cannot run here, a `bias`
+            with "rms", `scale` without `branch`, tensors on several devices.
         TypeError: tokens of integers.
     """
     check_tensors(
@@ -61,10 +65,16 @@ def add_norm(
     stream_dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     out_dtype = out_dtype or stream_dtype
     inputs = (x, branch, scale, weight, bias)
-    if backend == "auto" and x.is_cuda and not watched(inputs) and serves("triton", "cuda", stream_dtype, "add_norm"):
-        backend = "triton"
-    if backend == "triton":
-        return implementation("triton", "add_norm").add_norm(*inputs, eps, kind == "rms", out_dtype)
+    if backend != "reference":
+        others = (out_dtype, *(t.dtype for t in (weight, bias, scale) if t is not None))
+        dtype = next((other for other in others if other not in _FUSED), stream_dtype)
+        if backend != "auto":
+            backend = choose(backend, x.device, dtype, "add_norm")
+        elif x.is_cuda and not watched(inputs):
+            backend = fused("cuda", dtype, "add_norm")
+    if backend in ("cuda", "triton"):
+        found = _AddNorm.apply(implementation(backend, "add_norm"), *inputs, eps, kind == "rms", out_dtype)
+        return (x, found) if branch is None else found
     stream = x
     if branch is not None:
         stream = x + (branch if scale is None else branch * scale.to(branch.dtype).view(-1, *[1] * (x.dim() - 1)))
@@ -78,11 +88,37 @@ def add_norm(
     return stream, y.to(out_dtype)
 
 
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: ModuleType, x, branch, scale, weight, bias, eps, rms, out_dtype):
+        x, branch, scale, weight, bias = (contiguous(t) for t in (x, branch, scale, weight, bias))
+        stream, y, statistics = kernels.forward(x, branch, scale, weight, bias, eps, rms, out_dtype)
+        ctx.save_for_backward(stream, scale, weight, statistics)
+        ctx.kernels, ctx.rms, ctx.out_dtype = kernels, rms, out_dtype
+        ctx.dtypes = (x.dtype, None if branch is None else branch.dtype, None if bias is None else bias.dtype)
+        ctx.set_materialize_grads(False)
+        return y if branch is None else (stream, y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        stream, scale, weight, statistics = ctx.saved_tensors
+        _, branch_dtype, _ = ctx.dtypes
+        dstream, dy = grads if branch_dtype is not None else (None, grads[0])
+        if dy is None:  # the normed tokens were not used
+            dy = torch.zeros_like(stream, dtype=ctx.out_dtype)
+        dx, dbranch, dweight, dbias = ctx.kernels.backward(
+            contiguous(dy), contiguous(dstream), stream, scale, weight, statistics, ctx.rms, *ctx.dtypes
+        )
+        if branch_dtype is not None and dbranch is None:
+            dbranch = dx
+        return None, dx, dbranch, None, dweight, dbias, None, None, None
+
+
 def _check(x, weight, bias, branch, scale, kind, backend) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    if backend not in ("auto", "triton", "reference"):
-        raise ValueError(f"backend={backend!r} is unknown; choose 'auto', 'triton' or 'reference'")
+    if backend not in ("auto", "cuda", "triton", "reference"):
+        raise ValueError(f"backend={backend!r} is unknown; choose 'auto', 'cuda', 'triton' or 'reference'")
     if x.dim() < 2 or weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected the last axis of x {tuple(x.shape)}")
     if bias is not None and (kind == "rms" or bias.shape != weight.shape):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba_zoo.kernels import add_norm
+from mamba_zoo.kernels import add_norm, refusals
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -20,6 +20,9 @@ CASES = [
     {"shape": (1, 300, 33), "dtype": torch.float16, "branch_dtype": torch.float16, "bias": False},
     {"shape": (2, 3, 130), "dtype": torch.bfloat16, "branch_dtype": torch.bfloat16, "scale": True, "strided": True},
     {"shape": (2, 3, 2500), "dtype": torch.bfloat16, "branch_dtype": torch.float32},
+    {"shape": (2, 5, 64), "dtype": torch.bfloat16, "branch_dtype": torch.float16, "out": torch.bfloat16},
+    {"shape": (2, 40, 1023), "dtype": torch.bfloat16, "scale": True},
+    {"shape": (1, 3, 5001), "kind": "rms", "scale": True, "branch_dtype": torch.float16},
 ]
 
 
@@ -77,6 +80,8 @@ else:
     def test_agrees_with_float64(case, device):
         check(device, "auto", **case)
         check(device, "reference", **case)
+        if device.type == "cuda" and refusals("cuda", op="add_norm")["triton"] is None:
+            check(device, "triton", **case)
 
     def test_only_the_stream_or_only_the_norm_is_used(device):
         for used in (0, 1):
@@ -97,3 +102,7 @@ else:
             add_norm(x, weight, branch=x[:1])
         with pytest.raises(ValueError, match="scale"):
             add_norm(x, weight, scale=torch.ones(2))
+        with pytest.raises(ValueError, match="backend='cpu' is unknown"):
+            add_norm(x, weight, backend="cpu")
+        with pytest.raises(ValueError, match="runs on NVIDIA GPUs, not on cpu"):
+            add_norm(x, weight, backend="cuda")

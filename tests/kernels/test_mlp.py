@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
+from mamba_zoo.kernels import refusals
+from mamba_zoo.kernels._backend import implementation
 from mamba_zoo.kernels.mlp import in_one_node, mlp
 
 from .problems import INTERPRETED
@@ -104,7 +106,7 @@ if INTERPRETED:
         block: Any = _block.MapBlock(8, lambda dim: torch.nn.Linear(dim, dim), drop_path=0.2)
         x = torch.randn(3, 5, 4, 8, requires_grad=True)
         nodes, results = set(), []
-        for one_node in (True, False):
+        for one_node in ("triton", None):
             monkeypatch.setattr(_block, "in_one_node", lambda *tensors, answer=one_node: answer)
             torch.manual_seed(1)
             with torch.autocast("cpu", torch.bfloat16), weights_cast(block, x):
@@ -122,6 +124,8 @@ else:
     def test_agrees_with_float64(case, device):
         check(device, "auto", **case)
         check(device, "reference", **case)
+        if device.type == "cuda" and refusals("cuda", op="mlp")["triton"] is None:
+            check(device, "triton", **case)
 
     def test_float64_and_second_gradients_are_left_to_torch(device):
         given = make(device, (3, 4), 6, 2, dtype=torch.float64)
@@ -138,7 +142,9 @@ else:
             mlp(x, weight1, bias2, weight2, bias2)
         with pytest.raises(ValueError, match="bias2 has shape"):
             mlp(x, weight1, bias1, weight2, bias1)
-        with pytest.raises(ValueError, match="backend='cuda'"):
+        with pytest.raises(ValueError, match="backend='cpu'"):
+            mlp(x, weight1, bias1, weight2, bias2, backend="cpu")
+        with pytest.raises(ValueError, match="runs on NVIDIA GPUs, not on cpu"):
             mlp(x, weight1, bias1, weight2, bias2, backend="cuda")
         with pytest.raises(ValueError, match="Triton kernels need a GPU"):
             mlp(x, weight1, bias1, weight2, bias2, backend="triton")
@@ -186,9 +192,12 @@ else:
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
-    def test_large_maps_are_the_same_in_every_run():
-        from mamba_zoo.kernels._triton.mlp import gelu_gradient, sum_columns
-
+    @pytest.mark.parametrize("backend", ["cuda", "triton"])
+    def test_large_maps_are_the_same_in_every_run(backend):
+        if reason := refusals("cuda", torch.bfloat16, "mlp")[backend]:
+            pytest.skip(reason)
+        kernels = implementation(backend, "mlp")
+        gelu_gradient, sum_columns = kernels.gelu_gradient, kernels.sum_columns
         torch.manual_seed(0)
         h = torch.randn(401408, 384, device="cuda", dtype=torch.bfloat16)
         g = torch.randn_like(h)

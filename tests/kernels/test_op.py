@@ -75,9 +75,10 @@ def test_a_kernel_is_launched_again_only_for_what_it_was_compiled_for():
     cases = list(itertools.product((1, 16, 48, 50), (0, 1, 4), (torch.float32, torch.float16)))
     for d, start, dtype in 2 * cases:
         x, weight = memory.to(dtype)[start : start + 6 * d].view(2, 3, d), memory[start : start + d]
-        ours = add_norm(x, weight, branch=x, backend="triton")
         theirs = add_norm(x, weight, branch=x, backend="reference")
-        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+        for backend in ("triton", "auto"):
+            ours = add_norm(x, weight, branch=x, backend=backend)
+            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
 def problem_of(op: str) -> dict[str, Any]:

@@ -146,11 +146,6 @@ def _triton() -> Any:
     return importlib.import_module("triton")
 
 
-def contiguous(x: Tensor | None) -> Any:
-    """`x` in one piece; asking takes a fifth of the time of a copy that is not needed."""
-    return x if x is None or x.is_contiguous() else x.contiguous()
-
-
 def with_unit_stride(x: Tensor) -> Tensor:
     """`x`, copied only if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
