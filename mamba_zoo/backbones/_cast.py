@@ -17,6 +17,7 @@ from torch._utils import _unflatten_dense_tensors
 from torch.autograd.function import once_differentiable
 
 from ..kernels._op import watched
+from ._depthwise import DepthwiseConv
 from ._ssm import DirectionLinear
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DirectionLinear)
@@ -54,7 +55,7 @@ def _places(model: nn.Module, device: torch.device) -> list[_Place]:
     found = [
         (layer._parameters, name, weight)
         for layer in model.modules()
-        if isinstance(layer, _LAYERS)
+        if isinstance(layer, _LAYERS) and not isinstance(layer, DepthwiseConv)  # which reads float32
         for name, weight in layer._parameters.items()
         # No subclass of tensors, and nothing that was put there for a while, as this file does.
         if type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device == device

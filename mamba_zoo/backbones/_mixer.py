@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..scans import scan_order
 from ._block import LayerNorm, normed_again
-from ._recompute import recomputed
+from ._depthwise import DepthwiseConv, again
 from ._ssm import CausalConv1d, SelectiveSSM, resolve_dt_rank
 
 REDUCTIONS = ("sum", "mean")
@@ -150,7 +150,7 @@ class SS2D(nn.Module):
         inner = int(ssm_ratio * dim)
         self.scan, self.gate = scan, gate
         self.in_proj = nn.Linear(dim, inner * (2 if gate else 1), bias=False, **dd)
-        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias, **dd)
+        self.conv = DepthwiseConv(inner, 3, conv_bias, "silu", **dd)
         self.ssm = SelectiveSSM(inner, d_state, resolve_dt_rank(dt_rank, dim), k, **dd) if k else None
         self.out_norm = LayerNorm(inner, **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
@@ -160,11 +160,9 @@ class SS2D(nn.Module):
         b, h, w, _ = x.shape
         x = self.in_proj(x)
         x, z = x.chunk(2, dim=-1) if self.gate else (x, None)
-        # A channels-last map seen as (b, d, h, w) is what torch calls channels_last: nothing is copied on either side.
-        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y = u = F.silu(x)
+        y = u = self.conv(x)
         if self.ssm is not None:
-            with recomputed(u, F.silu, x):
+            with again(self.conv, u, x):
                 y = self.visit(self.ssm, u.reshape(b, h * w, -1), (h, w)).unflatten(1, (h, w))
         normed = self.out_norm(y, narrow=True).to(u.dtype)
         if z is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..scans import ScanLike
 from ._base import Pyramid, Stage
 from ._block import LayerNorm
+from ._depthwise import DepthwiseConv
 from ._embed import MapBatchNorm, MapConv, PatchMerge, PatchStem
 from ._gate import ChannelGate
 from ._init import init_linear_
@@ -45,7 +46,7 @@ class EfficientBlock(nn.Module):
         self.norm = LayerNorm(dim, **dd)
         self.mixer = mixer
         self.local = nn.Sequential(
-            MapConv(dim, dim, 3, padding=1, groups=dim, **dd),
+            DepthwiseConv(dim, **dd),
             MapBatchNorm(dim, **dd),
             nn.GELU(),
             MapConv(dim, dim, 1, **dd),

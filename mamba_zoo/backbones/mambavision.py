@@ -21,6 +21,7 @@ from timm.layers.mlp import Mlp
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from ..kernels import depthwise_conv2d
 from ..scans import ScanLike, scan_order
 from ._base import Pyramid, Stage
 from ._block import LayerNorm, branch_scale, skip_rate
@@ -77,7 +78,7 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Windows `(b, side * side, dim)` to the same shape."""
-        u, z = F.silu(self.conv(self.in_proj(x))).chunk(2, dim=-1)
+        u, z = self.conv(self.in_proj(x)).chunk(2, dim=-1)
         if self.ssm is not None:
             order = scan_order(self.scan, (self.side, self.side), x.device)
             u = self.ssm(u, order=order, reduce="sum").to(z.dtype)
@@ -85,7 +86,7 @@ class MambaVisionMixer(nn.Module):
 
 
 class TokenConv(nn.Module):
-    """A depthwise convolution along the tokens, centred on each and without bias.
+    """A depthwise convolution along the tokens, centred on each and without bias, then SiLU.
 
     Args:
         groups: Parts of the channels; `weight[i]`, `(d, w)`, are the taps of part `i`.
@@ -103,9 +104,7 @@ class TokenConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(b, l, groups * dim)` to the same shape; zeros are read beyond both ends."""
         weight = self.weight.flatten(0, 1)[:, None, None]
-        # As an image of one row, channels last: nothing is copied to get there.
-        y = F.conv2d(x.transpose(1, 2)[:, :, None], weight, padding=(0, weight.shape[-1] // 2), groups=x.shape[-1])
-        return y[:, :, 0].transpose(1, 2)
+        return depthwise_conv2d(x[:, None], weight, activation="silu")[:, 0]  # maps of one row
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..scans import ScanLike, scan_order
 from ._base import Pyramid, Stage
 from ._block import LayerNorm, are_hooked
+from ._depthwise import DepthwiseConv
 from ._direction import DirectionAwareSSM
 from ._embed import MapBatchNorm, MapConv, resample_grid
 from ._init import init_linear_, trunc_normal_
@@ -60,7 +61,7 @@ class PlainMambaMixer(nn.Module):
         inner = int(expand * dim)
         self.scan = scan
         self.in_proj = nn.Linear(dim, 2 * inner, **dd)
-        self.conv = MapConv(inner, inner, conv_size, padding=conv_size // 2, groups=inner, **dd)
+        self.conv = DepthwiseConv(inner, conv_size, activation="silu", **dd)
         rank = resolve_dt_rank(dt_rank, dim)
         self.ssm = None if scan == "none" else DirectionAwareSSM(inner, d_state, rank, aligned, **dd)
         self.out_proj = nn.Linear(inner, dim, **dd)
@@ -69,7 +70,7 @@ class PlainMambaMixer(nn.Module):
         """A map `(b, h, w, dim)` to one of the same shape."""
         _, h, w, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        y = u = F.silu(self.conv(x))
+        y = u = self.conv(x)
         if self.ssm is not None:
             y = self.ssm(u.flatten(1, 2), scan_order(self.scan, (h, w), x.device), (h, w)).unflatten(1, (h, w))
         return self._projected(y * F.silu(z), u.dtype)
@@ -104,7 +105,7 @@ class PlainMambaBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.conv = nn.Identity()
         if conv:
-            taps = MapConv(dim, dim, 3, padding=1, groups=dim, bias=False, **dd)
+            taps = DepthwiseConv(dim, bias=False, **dd)
             self.conv = nn.Sequential(taps, MapBatchNorm(dim, **dd), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
