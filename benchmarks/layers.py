@@ -1,13 +1,13 @@
 """Time norms, MLPs and convolutions of maps on a GPU: `python -m benchmarks.layers [--only NAME ...] [--out FILE]`.
 
 Replayed CUDA graphs, so without the host, of what models call under autocast: tokens are bfloat16, Vim's stream and all
-weights float32, so that casts of the weights of linear layers and convolutions are within the times. "torch" is what
-plain torch does there. "fwd" is without gradients, "fwdbwd" both passes with all gradients.
+weights float32. Times have in them what a backend casts of the weights, which in models is cast for all linear layers
+at once. "torch" is plain torch. "fwd" is without gradients, "fwdbwd" both passes with all gradients.
 
 "floor" is what the bytes take at the copy bandwidth of the same run: forward each argument read once and each result
 written once; backward each gradient of a result, and the tokens that the op keeps, read once, and each gradient of an
-argument written once, one for stream and branch if they are the same tensor. The MLP has none: its products are limited
-by arithmetic as well, and torch makes them on every backend. "peak" is the memory that an eager fwdbwd takes beyond its
+argument written once, one for stream and branch if they are the same tensor. The MLP has none: bytes are not all
+that limits its products, which torch makes on every backend. "peak" is the memory that an eager fwdbwd takes beyond its
 arguments, results and gradients included.
 
 A time is only given after values and gradients of the first samples agreed with float64.
