@@ -7,19 +7,16 @@ read once and each output written once. A time is only given after values and gr
 from __future__ import annotations
 
 import argparse
-import csv
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from rich.console import Console
 from rich.table import Table
 
 from mamba_zoo.kernels import causal_conv1d
 
-from .kernels import TOLERANCE, copy_bandwidth, graph_ms
+from .kernels import TOLERANCE, copy_bandwidth, device_line, disagreement, graph_ms, write_csv
 
 # name: samples, tokens, channels, directions that share the tokens, SiLU
 SHAPES = {
@@ -50,21 +47,12 @@ def check(problem: dict[str, Any], backend: str) -> None:
     Raises:
         RuntimeError: they do not; says by how much.
     """
-    results = []
-    for exact in (False, True):
-        part: dict[str, Any] = {k: v.detach() if torch.is_tensor(v) else v for k, v in problem.items()}
-        part["x"] = part["x"][:2]
-        floats = [key for key, value in part.items() if torch.is_tensor(value) and value.is_floating_point()]
-        for key in floats:
-            part[key] = (part[key].double() if exact else part[key].clone()).requires_grad_()
-        y = causal_conv1d(**part, backend="reference" if exact else backend)
-        torch.manual_seed(1)
-        dy = torch.randn(y.shape, device="cuda").to(torch.bfloat16).to(y.dtype)
-        results.append([y.detach(), *torch.autograd.grad(y, [part[key] for key in floats], dy)])
-    for ours, theirs in zip(*results, strict=True):
-        error = float((ours.double() - theirs).norm() / theirs.norm())
-        if error > TOLERANCE[torch.bfloat16]:
-            raise RuntimeError(f"{backend} is off by {error:.1e}")
+
+    def run(given: dict[str, Any], exact: bool) -> tuple[torch.Tensor]:
+        return (causal_conv1d(**given, backend="reference" if exact else backend),)
+
+    if wrong := disagreement(run, problem | {"x": problem["x"][:2]}, TOLERANCE[torch.bfloat16]):
+        raise RuntimeError(f"{backend}: {wrong}")
 
 
 def measure(name: str, backend: str, bandwidth: float) -> dict[str, Any]:
@@ -102,13 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else value for value in row.values()))
     Console(width=120).print(table)
     if options.out:
-        where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
-        with options.out.open("w", newline="") as file:
-            command = f"python -m benchmarks.conv {' '.join(sys.argv[1:])}"
-            file.write(f"# {where}, copy {bandwidth / 1e12:.2f} TB/s; {command}\n")
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out, rows, device_line(bandwidth), "conv")
 
 
 if __name__ == "__main__":

@@ -63,24 +63,40 @@ def check(shape: Shape, problem: dict, backend: str) -> str | None:
     for name, value in problem.items():
         part[name] = value.detach()[:1, :l] if name in TOKENS else value
     part["order"] = torch.stack([torch.randperm(l, device=problem["u"].device) for _ in range(shape.k)])
-    results = []
+
+    def run(given: dict[str, Any], exact: bool) -> tuple[torch.Tensor]:
+        return (selective_scan(**given, backend="reference" if exact else backend),)
+
+    return disagreement(run, part, TOLERANCE[problem["u"].dtype])
+
+
+def disagreement(
+    run: Callable[[dict[str, Any], bool], tuple[torch.Tensor, ...]], problem: dict[str, Any], tolerance: float
+) -> str | None:
+    """None if values and gradients agree with float64, else what does not, and by how much of its norm.
+
+    Args:
+        run: `(arguments, exact)` to the outputs; `exact` says that the arguments are float64.
+        problem: The arguments; gradients are those of its tensors of floating point.
+        tolerance: Of relative errors.
+    """
+    names = [name for name, value in problem.items() if torch.is_tensor(value) and value.is_floating_point()]
+    results: list[dict[str, torch.Tensor]] = []
+    seeds: list[torch.Tensor] = []
     for exact in (False, True):
-        leaves: dict[str, Any] = {
-            name: (v.detach().double() if exact else v.detach().clone()).requires_grad_()
-            if torch.is_tensor(v) and v.is_floating_point()
-            else v
-            for name, v in part.items()
-        }
-        y = selective_scan(**leaves, backend="reference" if exact else backend)
-        torch.manual_seed(1)
-        dy = torch.randn(y.shape, device=y.device).to(problem["u"].dtype).to(y.dtype)
-        inputs = {name: v for name, v in leaves.items() if torch.is_tensor(v) and v.requires_grad}
-        grads = torch.autograd.grad(y, list(inputs.values()), dy)
-        results.append({"y": y.detach(), **{f"d{name}": g for name, g in zip(inputs, grads, strict=True)}})
+        given = dict(problem)
+        for name in names:
+            value = problem[name].detach()
+            given[name] = (value.double() if exact else value.clone()).requires_grad_()
+        outputs = run(given, exact)
+        seeds = [seed.double() for seed in seeds] if exact else [torch.randn_like(y) for y in outputs]
+        grads = torch.autograd.grad(outputs, [given[name] for name in names], seeds)
+        results.append({f"output {i}": y.detach() for i, y in enumerate(outputs)})
+        results[-1] |= {f"gradient of {name}": grad for name, grad in zip(names, grads, strict=True)}
     for name, ours in results[0].items():
         theirs = results[1][name]
         error = float((ours.double() - theirs).norm() / theirs.norm())
-        if not error <= TOLERANCE[problem["u"].dtype]:
+        if not error <= tolerance:
             return f"{name} is off by {error:.1e}"
     return None
 
@@ -132,6 +148,22 @@ def deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(False)
         settings.fill_uninitialized_memory = fill
+
+
+def device_line(bandwidth: float) -> str:
+    """The device, what the times depend on, and the copy bandwidth."""
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, python {platform.python_version()}"
+    return f"{torch.cuda.get_device_name()}, {versions}, copy {bandwidth / 1e12:.2f} TB/s"
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], where: str, name: str) -> None:
+    """Rows as CSV, under a line that says `where` they come from and the command, `benchmarks.<name>`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.write(f"# {where}; python -m benchmarks.{name} {' '.join(sys.argv[1:])}\n")
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def measure(shape: Shape, dtype: str, backend: str, reduce: str | None, device: str, bandwidth: float) -> dict:
@@ -239,16 +271,10 @@ def main(arguments: list[str] | None = None) -> None:
                     first = str(error).strip().splitlines()[0][:90]
                     rows.append({"shape": shape.name, "dtype": dtype, "backend": backend, "wrong": first})
                 torch.cuda.empty_cache()
-    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s"
+    where = device_line(bandwidth)
     report(rows, console, where)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("w", newline="") as file:
-            command = f"python -m benchmarks.kernels {' '.join(sys.argv[1:])}"
-            file.write(f"# {where}; triton {triton.__version__}; python {platform.python_version()}; {command}\n")
-            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out, rows, where, "kernels")
 
 
 if __name__ == "__main__":
