@@ -74,9 +74,9 @@ class Captured(nn.Module):
     def _record(self, inputs: tuple[Tensor, ...], amp: tuple[bool, torch.dtype], graded: bool) -> _Recording:
         buffers = {name: x.clone() for name, x in self.model.named_buffers()}
         try:
-            # The cast weights that autocast remembers would not belong to the graph.
-            with torch.inference_mode(False), torch.autocast("cuda", amp[1], amp[0], cache_enabled=False):
-                replay = (_with_gradients if graded else _without_gradients)(self.model, inputs)
+            # Autocast around the model alone: it would cast what the backward pass multiplies as well.
+            with torch.inference_mode(False), torch.autocast("cuda", enabled=False):
+                replay = (_with_gradients if graded else _without_gradients)(_Shell(self.model, amp), inputs)
         except RuntimeError as error:
             _leave_recording(inputs[0].device)
             raise RuntimeError(
@@ -103,19 +103,21 @@ class _Recording:
 
 
 class _Shell(nn.Module):
-    """A model of its own whose `forward` can be replaced."""
+    """A model of its own, under autocast or not, whose `forward` can be replaced."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, amp: tuple[bool, torch.dtype]):
         super().__init__()
-        self.model = model
+        self.model, self.amp = model, amp
+        self.training = model.training  # its own alone: parts of the model may be in another mode
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.model(*inputs)
+        enabled, dtype = self.amp
+        # The cast weights that autocast remembers would not belong to the graph.
+        with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
+            return self.model(*inputs)
 
 
-def _with_gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-    shell = _Shell(model)
-    shell.training = model.training  # its own alone: parts of the model may be in another mode
+def _with_gradients(shell: _Shell, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
     samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
     with warnings.catch_warnings():
         # torch keeps the graph of its calls before recording, made on another stream.
@@ -156,18 +158,18 @@ def _leave_recording(device: torch.device) -> None:
         torch.zeros(1, device=device)
 
 
-def _without_gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+def _without_gradients(shell: _Shell, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
     held = tuple(x.clone() for x in inputs)
     with torch.no_grad():
         stream = torch.cuda.Stream(held[0].device)
         stream.wait_stream(torch.cuda.current_stream(held[0].device))
         with torch.cuda.stream(stream):
             for _ in range(_WARMUP):
-                model(*held)
+                shell(*held)
         torch.cuda.current_stream(held[0].device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = model(*held)
+            out = shell(*held)
 
     def replay(*given: Tensor) -> Any:
         with torch.no_grad():

@@ -33,6 +33,33 @@ def test_needs_room_for_a_graph():
         mamba_zoo.capture(nn.Identity(), most=0)
 
 
+class _Wide(nn.Module):
+    """A layer that leaves autocast, for what float16 cannot hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layer(1e6 * x) * 1e-6
+
+
+class TestAutocast:
+    pytestmark = ON_A_GPU
+
+    def test_does_not_reach_the_backward_pass(self):
+        model, x = _Wide().cuda(), torch.randn(5, 4, device="cuda")
+        found = []
+        for forward in (model, mamba_zoo.capture(model)):
+            with torch.autocast("cuda", torch.float16):
+                loss = forward(x).square().sum()
+            found.append(torch.autograd.grad(loss, list(model.parameters())))
+        for captured, expected in zip(found[1], found[0], strict=True):
+            assert captured.isfinite().all()
+            torch.testing.assert_close(captured, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["vmamba_mini", "vim_mini"])
 class TestOnAGpu:
     pytestmark = ON_A_GPU

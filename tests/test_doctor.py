@@ -27,7 +27,7 @@ def test_doctor_in_a_process_of_its_own():
 
 def test_every_kernel_that_would_run_is_right(device):
     checks = list(selftest.check_kernels([device.type]))
-    assert {c.op for c in checks} == {"selective_scan", "causal_conv1d", "ssd", "add_norm"}
+    assert {c.op for c in checks} == {"selective_scan", "causal_conv1d", "ssd", "add_norm", "depthwise_conv2d"}
     assert {c.dtype for c in checks} == {"float32", "float16", "bfloat16"}
     for c in checks:
         assert c.passed, c

@@ -166,11 +166,22 @@ def _norm_case() -> dict:
     }
 
 
+def _map_case() -> dict:
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(2, 67, 5, 24, generator=draw),
+        "weight": 0.5 * torch.randn(24, 1, 3, 3, generator=draw),
+        "bias": 0.1 * torch.randn(24, generator=draw),
+        "activation": "silu",
+    }
+
+
 _CASES: dict[str, Callable[[], dict]] = {
     "selective_scan": _scan_case,
     "causal_conv1d": _conv_case,
     "ssd": _dual_case,
     "add_norm": _norm_case,
+    "depthwise_conv2d": _map_case,
 }
 
 
