@@ -16,7 +16,8 @@ _PARTS = struct.Struct("2Q4i")  # Parts of parts.cu
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _THREADS = 128  # of a block of several rows
 _PROCESSORS = 132  # of a large GPU
-RESIDENT = {1: 768, 2: 512}  # threads of a multiprocessor that the registers allow, by packs a thread
+# Threads of a multiprocessor that the registers allow, forwards and backwards, by packs a thread.
+RESIDENT = {False: {1: 896, 2: 512}, True: {1: 768, 2: 512}}
 _MOST = {1: 256, 2: 512}  # threads of a block, by packs a thread
 
 
@@ -32,7 +33,7 @@ class Launch(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def norm_launch(rows: int, d: int, width: int) -> Launch:
+def norm_launch(rows: int, d: int, width: int, backward: bool) -> Launch:
     """Few packs a thread, as it holds three numbers for each channel; no row in two blocks if that can be."""
     needed = max(1, -(-d // width))
     packs = 1 if needed <= 32 or 64 < needed <= _MOST[1] else 2
@@ -42,7 +43,7 @@ def norm_launch(rows: int, d: int, width: int) -> Launch:
     if lanes > _MOST[packs]:
         packs, lanes, slices = 1, _MOST[1], -(-needed // _MOST[1])
     threads = max(_THREADS, lanes) if lanes <= 32 else lanes
-    most = max(1, _PROCESSORS * RESIDENT[packs] // threads // slices)
+    most = max(1, _PROCESSORS * RESIDENT[backward][packs] // threads // slices)
     return Launch(width, packs, lanes, threads, max(1, min(most, -(-rows * lanes // threads))), slices)
 
 
@@ -62,7 +63,7 @@ def columns_launch(rows: int, columns: int, width: int) -> Columns:
     lanes = min((32, 16, 8), key=lambda n: (-(-needed // n) * n, -n))
     blocks = -(-needed // lanes)
     slots = _THREADS // lanes
-    most = min(_PROCESSORS * RESIDENT[1] // _THREADS // blocks, -(-rows // (4 * slots)))
+    most = min(_PROCESSORS * RESIDENT[True][1] // _THREADS // blocks, -(-rows // (4 * slots)))
     return Columns(width, lanes, blocks, max(1, most))
 
 

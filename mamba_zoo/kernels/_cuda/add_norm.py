@@ -121,8 +121,9 @@ def _planned(
     stream = torch.promote_types(dtypes[0], dtypes[1])
     width = width_of(d, max(t.itemsize for t in (stream, *dtypes[:3])), *given)
     rows = x.numel() // d if d else 0
-    launch = norm_launch(rows, d, width)
-    wide, backward = launch.slices > 1, eps is None
+    backward = eps is None
+    launch = norm_launch(rows, d, width, backward)
+    wide = launch.slices > 1
     source = norm_source(backward, *dtypes, width, wide)
     name = f"norm_{'backward' if backward else 'forward'}_{'wide' if wide and not backward else launch.packs}"
     blocks, threads = launch.parts * launch.slices, launch.threads
