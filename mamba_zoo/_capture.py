@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Captured(nn.Module):
         buffers = {name: x.clone() for name, x in self.model.named_buffers()}
         try:
             # Autocast around the model alone: it would cast what the backward pass multiplies as well.
-            with torch.inference_mode(False), torch.autocast("cuda", enabled=False):
+            with _nothing_collected(), torch.inference_mode(False), torch.autocast("cuda", enabled=False):
                 replay = (_with_gradients if graded else _without_gradients)(_Shell(self.model, amp), inputs)
         except RuntimeError as error:
             _leave_recording(inputs[0].device)
@@ -100,6 +101,19 @@ class _Recording:
     def is_stale(self) -> bool:
         """Whether weights have moved, as `model.to` moves them."""
         return any(x.data_ptr() != place for x, place in zip(self._weights, self._places, strict=True))
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """No garbage is collected meanwhile: a graph that is freed while another is recorded would spoil that one."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Shell(nn.Module):
