@@ -17,7 +17,7 @@ _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _THREADS = 128  # of a block of several rows
 _PROCESSORS = 132  # of a large GPU
 # Threads of a multiprocessor that the registers allow, forwards and backwards, by packs a thread.
-RESIDENT = {False: {1: 896, 2: 512}, True: {1: 768, 2: 512}}
+RESIDENT = {False: {1: 1024, 2: 512}, True: {1: 768, 2: 512}}
 _MOST = {1: 256, 2: 512}  # threads of a block, by packs a thread
 
 

@@ -115,23 +115,19 @@ template <int P> DEVICE void forward(const Args& p) {
   const float share = 1.0f / p.d;
   const long long step = (long long)p.parts * at.slots;
   const long long start = (long long)at.part * at.slots;
-  constexpr int AHEAD = P == 1 ? 2 : 1;  // rows on their way
-  Row<P> next[AHEAD];
-#pragma unroll
-  for (int i = 0; i < AHEAD; i++) next[i].read(p, at, start + i * step + at.slot);
+  Row<P> next;
+  next.read(p, at, start + at.slot);
   for (long long first = start; first < p.rows; first += step) {
     const long long row = first + at.slot;
     float h[P][V], total[1] = {0.0f};
     const bool real = row < p.rows;
 #pragma unroll
     for (int i = 0; i < P; i++) {
-      const Pack<Stream, V> stored = sum_of(next[0].x[i], next[0].branch[i], next[0].factor, h[i]);
+      const Pack<Stream, V> stored = sum_of(next.x[i], next.branch[i], next.factor, h[i]);
       if (p.branch && real && at.channel(i) < p.d)
         put<Stream>(p.added + (row * p.d + at.channel(i)) * Stream::BYTES, stored);
     }
-#pragma unroll
-    for (int i = 1; i < AHEAD; i++) next[i - 1] = next[i];
-    next[AHEAD - 1].read(p, at, row + AHEAD * step);
+    next.read(p, at, row + step);
     float mean = 0.0f;
     if (!p.rms) {
 #pragma unroll
