@@ -53,17 +53,18 @@ def depthwise_conv2d(
     (x,) = _autocast(x)
     inputs = (x, weight, bias)
     dtype = next((t.dtype for t in inputs if t is not None and t.dtype not in _READ), x.dtype)
+    size = weight.shape[2:]
+    few = size.numel() <= _MOST_TAPS
     if backend != "auto":
         backend = choose(backend, x.device, dtype, "depthwise_conv2d")
-        if backend != "reference" and not _served(x, weight):
+        if backend != "reference" and not few:
             raise ValueError(
-                f"backend={backend!r} takes up to {_MOST_TAPS} taps, not {tuple(weight.shape[2:])}; use backend='auto'"
+                f"backend={backend!r} takes up to {_MOST_TAPS} taps, not {tuple(size)}; use backend='auto'"
             )
-    elif x.is_cuda and not watched(inputs) and _served(x, weight):
+    elif few and x.is_cuda and not watched(inputs):
         backend = fused("cuda", dtype, "depthwise_conv2d")
-    if backend == "cuda":
+    if backend == "cuda" and 0 < x.numel() < len(weight) * 2**31:  # positions are counted in 31 bits
         return _DepthwiseConv.apply(implementation(backend, "depthwise_conv2d"), *inputs, activation == "silu")
-    size = weight.shape[2:]
     # A channels-last map seen as (b, d, h, w) is what torch calls channels_last: nothing is copied on either side.
     y = F.conv2d(
         x.permute(0, 3, 1, 2), weight.to(x.dtype), None if bias is None else bias.to(x.dtype),
@@ -92,11 +93,6 @@ class _DepthwiseConv(torch.autograd.Function):
 def _readable(x: Tensor) -> Tensor:
     """Maps whose channels are neighbours in memory."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _served(x: Tensor, weight: Tensor) -> bool:
-    """Whether kernels take these: few taps, something to compute, and a count of positions that fits 31 bits."""
-    return weight.shape[2] * weight.shape[3] <= _MOST_TAPS and x.numel() > 0 and x[..., 0].numel() < 2**31
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
