@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch.nn.functional as F
 from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
 
-from ..kernels import depthwise_conv2d
+from ..kernels.depthwise_conv2d import depthwise_conv2d, has_kernels
 from ._block import are_hooked
 from ._recompute import recomputed
 
@@ -33,7 +34,19 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """`(b, h, w, dim)` to the same shape."""
-        return depthwise_conv2d(input, self.weight, self.bias, self.activation)
+        if self._as_built():
+            return depthwise_conv2d(input, self.weight, self.bias, self.activation)
+        y = super().forward(input.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return F.silu(y) if self.activation == "silu" else y
+
+    def has_kernels(self) -> bool:
+        """Whether kernels, which take weights as they are, compute it where it is."""
+        return self._as_built() and has_kernels(self.weight)
+
+    def _as_built(self) -> bool:
+        """Whether nobody has changed what kernels take for granted, such as the padding."""
+        same = tuple(n // 2 for n in self.kernel_size)
+        return self.padding_mode == "zeros" and self.padding == same and self.stride == self.dilation == (1, 1)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -41,9 +54,13 @@ class DepthwiseConv(nn.Conv2d):
 
 
 def again(layer: nn.Module, y: Tensor, x: Tensor) -> AbstractContextManager[Any]:
-    """A context within which autograd keeps `x` instead of `y = layer(x)`, unless somebody looks at the layer."""
-    plain = type(layer) is DepthwiseConv and not are_hooked(layer)
-    return recomputed(y, layer.forward, x) if plain else nullcontext()
+    """A context within which autograd keeps `x` instead of `y = layer(x)`, where kernels make it and nobody looks."""
+    if type(layer) is not DepthwiseConv or are_hooked(layer) or not layer.has_kernels():
+        return nullcontext()
+    # The weights of now: by the time of the backward pass others may be in their place.
+    weights = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    activation = layer.activation
+    return recomputed(y, lambda *given: depthwise_conv2d(*given, activation=activation), x, *weights)
 
 
 # torch.fx takes it whole: it looks at shapes and dtypes. Not as a decorator, which would hide its type.

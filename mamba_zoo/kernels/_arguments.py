@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels read, and that autocast casts
+
 
 def check_tensors(*given: tuple[str, Any, bool]) -> None:
     """Raise unless all are tensors on one device: a kernel would read an address of another device.
@@ -35,6 +37,20 @@ def check_floating(**dtypes: torch.dtype) -> None:
     for name, dtype in dtypes.items():
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"{name} must be of a floating-point dtype, not {dtype}; convert it with .float()")
+
+
+def asked_for(tokens: torch.dtype, *others: Tensor | torch.dtype | None) -> torch.dtype:
+    """The dtype that a backend has to serve: that of the tokens, unless an argument has one that no kernel reads."""
+    for x in others:
+        dtype = x.dtype if isinstance(x, Tensor) else x
+        if dtype is not None and dtype not in DTYPES:
+            return dtype
+    return tokens
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied only if its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def contiguous(x: Tensor | None) -> Any:

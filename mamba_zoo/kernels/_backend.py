@@ -56,14 +56,14 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, op: str = "
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def fused(kind: str, dtype: torch.dtype, op: str) -> str:
-    """The same for an op that without kernels is plain torch: "reference", and no warning, where no GPU backend serves.
+def gpu_backend(dtype: torch.dtype, op: str) -> str:
+    """Whose kernels an op takes on a GPU that is plain torch without them: "reference", and no warning, without any.
 
-    Within `use(name)` that is `name` if it has the op and serves it here.
+    Within `use(name)` that is `name` if it has the op and serves it.
     """
     if _override and _has(_override[-1], op):
-        return _override[-1] if serves(_override[-1], kind, dtype, op) else "reference"
-    return next((name for name in ("cuda", "triton") if serves(name, kind, dtype, op)), "reference")
+        return _override[-1] if serves(_override[-1], "cuda", dtype, op) else "reference"
+    return next((name for name in ("cuda", "triton") if serves(name, "cuda", dtype, op)), "reference")
 
 
 @contextlib.contextmanager

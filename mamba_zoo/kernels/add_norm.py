@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ._arguments import check_floating, check_tensors, contiguous
-from ._backend import choose, fused, implementation
+from ._arguments import asked_for, check_floating, check_tensors, contiguous
+from ._backend import choose, gpu_backend, implementation
 from ._op import watched
 
 KINDS = ("layer", "rms")
-_FUSED = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read and write
 
 
 def add_norm(
@@ -66,12 +66,11 @@ def add_norm(
     out_dtype = out_dtype or stream_dtype
     inputs = (x, branch, scale, weight, bias)
     if backend != "reference":
-        others = (out_dtype, *(t.dtype for t in (weight, bias, scale) if t is not None))
-        dtype = next((other for other in others if other not in _FUSED), stream_dtype)
+        dtype = asked_for(stream_dtype, out_dtype, weight, bias, scale)
         if backend != "auto":
             backend = choose(backend, x.device, dtype, "add_norm")
         elif x.is_cuda and not watched(inputs):
-            backend = fused("cuda", dtype, "add_norm")
+            backend = gpu_backend(dtype, "add_norm")
     if backend in ("cuda", "triton"):
         found = _AddNorm.apply(implementation(backend, "add_norm"), *inputs, eps, kind == "rms", out_dtype)
         return (x, found) if branch is None else found
@@ -100,7 +99,8 @@ class _AddNorm(torch.autograd.Function):
         return y if branch is None else (stream, y)
 
     @staticmethod
-    def backward(ctx: Any, *grads):
+    @once_differentiable
+    def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         stream, scale, weight, statistics = ctx.saved_tensors
         _, branch_dtype, _ = ctx.dtypes
         dstream, dy = grads if branch_dtype is not None else (None, grads[0])

@@ -1,7 +1,7 @@
 """The depthwise convolution of maps whose channels lie last, and SiLU after it, as one pass over memory on a GPU.
 
-In plain torch the forward pass is two kernels and the backward pass four, which move twice the bytes, counted by hand;
-and cuDNN prepares each new shape of a map when it first meets it: in first calls of VMamba-T 0.8 s forwards on an H100.
+In plain torch the forward pass is two kernels and the backward pass three, or four with a bias, which move 1.6 times
+the bytes; and cuDNN prepares each new shape of a map when a process first meets it (docs/kernels.md has the times).
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._arguments import check_floating, check_tensors, contiguous
-from ._backend import choose, fused, implementation
+from ._arguments import asked_for, check_floating, check_tensors, contiguous, with_unit_stride
+from ._backend import choose, gpu_backend, implementation
 from ._op import watched
 from .selective_scan import _autocast
 
 ACTIVATIONS = (None, "silu")
-_READ = (torch.float32, torch.bfloat16, torch.float16)  # by kernels
 _MOST_TAPS = 9  # whose gradients a thread holds in registers
 
 
@@ -52,7 +51,7 @@ def depthwise_conv2d(
     _check(x, weight, bias, activation)
     (x,) = _autocast(x)
     inputs = (x, weight, bias)
-    dtype = next((t.dtype for t in inputs if t is not None and t.dtype not in _READ), x.dtype)
+    dtype = asked_for(x.dtype, weight, bias)
     size = weight.shape[2:]
     few = size.numel() <= _MOST_TAPS
     if backend != "auto":
@@ -62,7 +61,7 @@ def depthwise_conv2d(
                 f"backend={backend!r} takes up to {_MOST_TAPS} taps, not {tuple(size)}; use backend='auto'"
             )
     elif few and x.is_cuda and not watched(inputs):
-        backend = fused("cuda", dtype, "depthwise_conv2d")
+        backend = gpu_backend(dtype, "depthwise_conv2d")
     if backend == "cuda" and 0 < x.numel() < len(weight) * 2**31:  # positions are counted in 31 bits
         return _DepthwiseConv.apply(implementation(backend, "depthwise_conv2d"), *inputs, activation == "silu")
     # A channels-last map seen as (b, d, h, w) is what torch calls channels_last: nothing is copied on either side.
@@ -73,10 +72,16 @@ def depthwise_conv2d(
     return F.silu(y) if activation == "silu" else y
 
 
+def has_kernels(weight: Tensor) -> bool:
+    """Whether "auto" takes kernels for these taps, on the device where they are."""
+    few = weight.shape[2:].numel() <= _MOST_TAPS
+    return few and weight.is_cuda and gpu_backend(weight.dtype, "depthwise_conv2d") != "reference"
+
+
 class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, x, weight, bias, silu):
-        x, weight, bias = _readable(x), contiguous(weight), contiguous(bias)
+        x, weight, bias = with_unit_stride(x), contiguous(weight), contiguous(bias)
         ctx.save_for_backward(x, weight, bias)
         ctx.kernels, ctx.silu = kernels, silu
         return kernels.forward(x, weight, bias, silu)
@@ -87,12 +92,7 @@ class _DepthwiseConv(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         _, x_wanted, *weights_wanted, _ = ctx.needs_input_grad
         wanted = x_wanted, any(weights_wanted)
-        return None, *ctx.kernels.backward(_readable(dy), x, weight, bias, ctx.silu, *wanted), None
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Maps whose channels are neighbours in memory."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        return None, *ctx.kernels.backward(with_unit_stride(dy), x, weight, bias, ctx.silu, *wanted), None
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._arguments import as_dtype, check_floating, check_tensors, contiguous
-from ._backend import choose, fused, implementation, serves
+from ._arguments import DTYPES, as_dtype, check_floating, check_tensors, contiguous
+from ._backend import choose, gpu_backend, implementation, serves
 from ._op import watched
 
 _Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-_CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 
 
 def mlp(
@@ -74,7 +73,7 @@ def in_one_node(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tenso
     if watched((x, *weights)) or not any(t is not None and t.requires_grad for t in (x, *weights)):
         return None
     dtype = _computed(x, weights)
-    found = "reference" if dtype is None else fused("cuda", dtype, "mlp")
+    found = "reference" if dtype is None else gpu_backend(dtype, "mlp")
     return None if found == "reference" else found
 
 
@@ -82,7 +81,7 @@ def _computed(x: Tensor, weights: _Weights) -> torch.dtype | None:
     """The dtype of the products; None if torch would refuse to multiply."""
     kind = x.device.type
     tensors = [t for t in (x, *weights) if t is not None]
-    if torch.is_autocast_enabled(kind) and all(t.dtype in _CAST for t in tensors):
+    if torch.is_autocast_enabled(kind) and all(t.dtype in DTYPES for t in tensors):
         return torch.get_autocast_dtype(kind)
     return x.dtype if all(t.dtype == x.dtype for t in tensors) else None
 
@@ -105,27 +104,34 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, h, weight1, weight2 = ctx.saved_tensors
-        _, x_wanted, weight1_wanted, bias1_wanted, weight2_wanted, bias2_wanted = ctx.needs_input_grad
-        dx = dweight1 = dbias1 = dweight2 = dbias2 = None
-        dh: Any = None
-        y: Any = None
-        leading = dout.shape[:-1]
-        dout = _matrix(dout)
-        if weight2 is not None:
-            dh, y, dbias1 = ctx.kernels.gelu_gradient(_matrix(h), dout @ weight2, weight2_wanted, bias1_wanted)
-        elif weight2_wanted:
-            y = F.gelu(_matrix(h))
-        if weight2_wanted:
-            dweight2 = dout.t() @ y
-            del y
-        if bias2_wanted:
-            dbias2 = ctx.kernels.sum_columns(dout)
-        if weight1_wanted:
-            dweight1 = dh.t() @ _matrix(x)
-        if x_wanted:
-            dx = (dh @ weight1).view(*leading, weight1.shape[1])
-        return None, dx, dweight1, dbias1, dweight2, dbias2
+        # Autocast may be on here or not, whatever it was in the forward pass.
+        with torch._C._DisableAutocast():  # pyright: ignore[reportAttributeAccessIssue]
+            return None, *_gradients(ctx, dout)
+
+
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, the weights and biases, those that are wanted."""
+    x, h, weight1, weight2 = ctx.saved_tensors
+    _, x_wanted, weight1_wanted, bias1_wanted, weight2_wanted, bias2_wanted = ctx.needs_input_grad
+    dx = dweight1 = dbias1 = dweight2 = dbias2 = None
+    dh: Any = None
+    y: Any = None
+    leading = dout.shape[:-1]
+    dout = _matrix(dout)
+    if weight2 is not None:
+        dh, y, dbias1 = ctx.kernels.gelu_gradient(_matrix(h), dout @ weight2, weight2_wanted, bias1_wanted)
+    elif weight2_wanted:
+        y = F.gelu(_matrix(h))
+    if weight2_wanted:
+        dweight2 = dout.t() @ y
+        del y
+    if bias2_wanted:
+        dbias2 = ctx.kernels.sum_columns(dout)
+    if weight1_wanted:
+        dweight1 = dh.t() @ _matrix(x)
+    if x_wanted:
+        dx = (dh @ weight1).view(*leading, weight1.shape[1])
+    return dx, dweight1, dbias1, dweight2, dbias2
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -74,6 +74,13 @@ if INTERPRETED:
     def test_interpreted(case):
         check("cpu", "triton", **case)
 
+    def test_second_gradients_are_refused():
+        x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8)
+        _, y = add_norm(x, weight, kind="rms", backend="triton")
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.square().sum().backward()
+
 else:
 
     @pytest.mark.parametrize("case", CASES, ids=str)

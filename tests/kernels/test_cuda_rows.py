@@ -95,17 +95,17 @@ def test_every_launch_is_sound():
 
 def test_the_fastest_backend_with_kernels_is_taken(monkeypatch):
     monkeypatch.setattr(_backend, "serves", lambda name, *what: name == "triton")
-    assert _backend.fused("cuda", FLOAT, "add_norm") == "triton"
+    assert _backend.gpu_backend(FLOAT, "add_norm") == "triton"
     monkeypatch.setattr(_backend, "serves", lambda name, *what: True)
-    assert _backend.fused("cuda", FLOAT, "mlp") == "cuda"
+    assert _backend.gpu_backend(FLOAT, "mlp") == "cuda"
     with kernels.use("triton"):
-        assert _backend.fused("cuda", FLOAT, "mlp") == "triton"
+        assert _backend.gpu_backend(FLOAT, "mlp") == "triton"
     with kernels.use("cpu"):  # which has no norm
-        assert _backend.fused("cuda", FLOAT, "add_norm") == "cuda"
+        assert _backend.gpu_backend(FLOAT, "add_norm") == "cuda"
     with kernels.use("reference"):
-        assert _backend.fused("cuda", FLOAT, "add_norm") == "reference"
+        assert _backend.gpu_backend(FLOAT, "add_norm") == "reference"
     monkeypatch.setattr(_backend, "serves", lambda name, *what: False)
-    assert _backend.fused("cuda", FLOAT, "add_norm") == "reference"
+    assert _backend.gpu_backend(FLOAT, "add_norm") == "reference"
 
 
 @pytest.mark.gpu

@@ -126,13 +126,13 @@ def source(backward: bool, dtype: torch.dtype = BRAIN, width: int = 4, strip: in
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("backward", "arch"), [(i % 2 == 1, arch) for i, arch in enumerate(ARCHITECTURES)])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_for_every_architecture(backward, arch):
     from mamba_zoo.kernels._cuda import nvrtc
 
-    for dtype, width in ((FLOAT, 2), (HALF, 1)):
-        image, _ = nvrtc.compile_source(source(backward, dtype, width, 4), arch)
-        assert image[:4] == b"\x7fELF"
+    image, _ = nvrtc.compile_source(source(backward, HALF, 1, 4), arch)
+    assert image[:4] == b"\x7fELF"
 
 
 @needs_nvrtc

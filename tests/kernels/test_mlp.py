@@ -29,6 +29,7 @@ CASES: list[dict[str, Any]] = [
     {"shape": (2, 3, 16), "hidden": 64, "out": 16, "frozen": ("x", "weight1", "weight2", "bias2")},
     {"shape": (2, 3, 16), "hidden": 64, "out": 16, "frozen": ("x", "weight1", "bias1", "weight2")},
     {"shape": (4, 0, 8), "hidden": 32, "out": 8},
+    {"shape": (2, 5, 24), "hidden": 96, "out": 24, "late_autocast": torch.bfloat16},
     {"shape": (2, 90, 32), "hidden": 128, "out": 32, "dtype": torch.bfloat16},
     {"shape": (3, 50, 20), "hidden": 75, "out": 20, "dtype": torch.float16, "strided": True},
     {"shape": (2, 90, 32), "hidden": 128, "out": 32, "autocast": torch.bfloat16},
@@ -67,7 +68,9 @@ def check(device, backend, **case):
         F.gelu(F.linear(exact["x"], exact["weight1"], exact["bias1"])), exact["weight2"], exact["bias2"]
     )
     seed = torch.randn_like(y)
-    ours = torch.autograd.grad(y, list(wanted.values()), seed)
+    late = case.get("late_autocast")  # a backward pass under autocast, as some call it
+    with torch.autocast(device.type, late) if late and backend != "reference" else nullcontext():
+        ours = torch.autograd.grad(y, list(wanted.values()), seed)
     theirs = torch.autograd.grad(expected, [exact[name] for name in wanted], seed.double())
     computed = autocast or case.get("dtype", torch.float32)
     assert (y.dtype, y.shape) == (computed, expected.shape)

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .._arguments import DTYPES
 
 
 def refuse(device: str, dtype: torch.dtype) -> str | None:

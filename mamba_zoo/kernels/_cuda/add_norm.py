@@ -47,9 +47,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stream, the normed tokens, and what the gradient needs of each row; all tensors are contiguous."""
     if bias is not None and bias.dtype != weight.dtype:
-        bias = bias.to(weight.dtype)
+        weight, bias = weight.float(), bias.float()
     branch_dtype = x.dtype if branch is None else branch.dtype
-    low = (x.data_ptr() | address(branch)) & 15
+    low = (x.data_ptr() & 15, address(branch) & 15)  # apart, as their dtypes may differ
     key = (x.shape, low, x.dtype, branch_dtype, out_dtype, weight.dtype, code(scale), rms, eps, x.get_device())
     plan = _plans.get(key)
     if plan is None:
@@ -81,7 +81,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of x, branch (None without one, or if it is that of x), weight and bias; all tensors contiguous."""
     d = stream.shape[-1]
-    low = (stream.data_ptr() | dy.data_ptr() | address(dstream)) & 15
+    low = ((stream.data_ptr() | address(dstream)) & 15, dy.data_ptr() & 15)
     dtypes = (x_dtype, branch_dtype or x_dtype, dy.dtype, weight.dtype)
     key = (stream.shape, low, dtypes, code(scale), rms, stream.get_device())
     plan = _plans.get(key)

@@ -1,6 +1,6 @@
 // What the kernels that pass over rows once share: packs of any format, and weights of a format known at run time.
 //
-// Defined in front of this file, as a constant, by `source` in _rows.py:
+// Defined in front of this file, as a constant, by those who compile it:
 //   V  neighbouring numbers per thread, read as one word
 
 // Not through the non-coherent path, as the place may be written later.

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .._arguments import DTYPES
+
 _DEVICES = ("cuda", "xpu")  # torch calls AMD's devices cuda as well
 
 
@@ -26,7 +27,7 @@ def refuse(device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu" if interpreted else device not in _DEVICES:
         wanted = "CPU tensors while TRITON_INTERPRET=1 is set" if interpreted else "a GPU"
         return f"Triton kernels need {wanted}, not {device}"
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return f"Triton kernels compute in float32, not {str(dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"

@@ -146,11 +146,6 @@ def _triton() -> Any:
     return importlib.import_module("triton")
 
 
-def with_unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied only if its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def strides(x: Tensor, per: int = 1) -> tuple[int, int, int]:
     """Strides of samples, tokens and directions in units of `per` elements; 0 for a tensor the directions share."""
     return x.stride(0) // per, x.stride(1) // per, x.stride(2) // per if x.dim() == 4 else 0

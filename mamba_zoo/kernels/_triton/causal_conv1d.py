@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._arguments import contiguous
+from .._arguments import contiguous, with_unit_stride
 from .._conv_args import ConvArgs
 from .._plans import Plans
 from ._conv_kernels import (
@@ -15,7 +15,7 @@ from ._conv_kernels import (
     conv_final_state,
     conv_forward,
 )
-from ._launch import common_width, launch, needs_wide_offsets, stored_dtype, strides, with_unit_stride
+from ._launch import common_width, launch, needs_wide_offsets, stored_dtype, strides
 
 _STEPS = 16  # of a tile
 _RUN = 8  # tiles of a program that sums gradients of weights

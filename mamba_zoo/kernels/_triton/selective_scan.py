@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._arguments import with_unit_stride
 from .._scan_args import ScanArgs
-from ._launch import common_width, launch, needs_wide_offsets, stored_dtype, strides, with_unit_stride
+from ._launch import common_width, launch, needs_wide_offsets, stored_dtype, strides
 
 
 @dataclass(frozen=True)

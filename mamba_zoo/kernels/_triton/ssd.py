@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import _ssd_chunked
-from .._arguments import contiguous
+from .._arguments import contiguous, with_unit_stride
 from .._plans import Plans
 from .._ssd_args import SsdArgs, chunked_order
-from ._launch import Launch, common_width, needs_wide_offsets, stored_dtype, with_unit_stride
+from ._launch import Launch, common_width, needs_wide_offsets, stored_dtype
 
 # Programs that run side by side on a large GPU. Where a launch has half of that or less, sequences are cut into
 # segments, and groups of heads into parts.
