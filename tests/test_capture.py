@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -130,6 +131,30 @@ class TestOnAGpu:
 class Waits(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 2 if x.sum().item() > 0 else x
+
+
+class Collects(nn.Module):
+    """Notes whether garbage would be collected while it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(gc.isenabled())
+        return x * 2
+
+
+class TestGarbage:
+    pytestmark = ON_A_GPU
+
+    def test_is_not_collected_while_a_graph_is_recorded(self):
+        model = Collects()
+        with torch.no_grad():
+            mamba_zoo.capture(model)(torch.ones(3, device="cuda"))
+        assert model.seen
+        assert not any(model.seen)
+        assert gc.isenabled()
 
 
 class TestRefusals:
