@@ -48,7 +48,7 @@ class TestMadeAgain:
 
     def test_with_the_weights_that_it_had(self, monkeypatch):
         mixer, x = SS2D(8, conv_bias=True), torch.randn(2, 4, 5, 8, requires_grad=True)
-        mine = dict(mixer.conv._parameters)
+        mine: Any = dict(mixer.conv._parameters)
 
         def exchange() -> None:
             mixer.conv._parameters |= {name: nn.Parameter(torch.randn_like(p)) for name, p in mine.items()}
