@@ -55,7 +55,9 @@ class DepthwiseConv(nn.Conv2d):
 
 def again(layer: nn.Module, y: Tensor, x: Tensor) -> AbstractContextManager[Any]:
     """A context within which autograd keeps `x` instead of `y = layer(x)`, where kernels make it and nobody looks."""
-    if type(layer) is not DepthwiseConv or are_hooked(layer) or not layer.has_kernels():
+    if not y.requires_grad or type(layer) is not DepthwiseConv:
+        return nullcontext()
+    if are_hooked(layer) or not layer.has_kernels():
         return nullcontext()
     # The weights of now: by the time of the backward pass others may be in their place.
     weights = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]

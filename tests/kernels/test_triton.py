@@ -165,7 +165,7 @@ else:
             text=True,
         )
         assert run.returncode == 0, run.stdout[-3000:]
-        count = len(SCANS) + len(CONVOLUTIONS) + len(DUALS) + len(NORMS) + len(MLPS) + 8
+        count = len(SCANS) + len(CONVOLUTIONS) + len(DUALS) + len(NORMS) + len(MLPS) + 9
         assert f"{count} passed" in run.stdout, run.stdout[-500:]
 
     @pytest.mark.parametrize(("n", "arch"), [(1, 90), (16, 80), (16, 90)])
