@@ -39,6 +39,16 @@ def check_floating(**dtypes: torch.dtype) -> None:
             raise TypeError(f"{name} must be of a floating-point dtype, not {dtype}; convert it with .float()")
 
 
+def autocast(tokens: Tensor, *others: Tensor | None) -> list[Any]:
+    """All of them in the autocast dtype, if autocast is on for the device of the tokens, which are not float64."""
+    given: list[Any] = [tokens, *others]
+    kind = tokens.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or tokens.dtype == torch.float64:
+        return given
+    dtype = torch.get_autocast_dtype(kind)
+    return [x if x is None else x.to(dtype) for x in given]
+
+
 def asked_for(tokens: torch.dtype, *others: Tensor | torch.dtype | None) -> torch.dtype:
     """The dtype that a backend has to serve: that of the tokens, unless an argument has one that no kernel reads."""
     for x in others:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._arguments import as_exact, check_floating, check_tensors
+from ._arguments import as_exact, autocast, check_floating, check_tensors
 from ._backend import choose, implementation
 from ._conv_args import ConvArgs
 from ._op import Op
 from ._order import pack_order, prepare_order
-from .selective_scan import _autocast, _check_cu_seqlens
+from .selective_scan import _check_cu_seqlens
 
 ACTIVATIONS = (None, "silu")
 _GRADIENTS = ("x", "weight", "bias", "initial_state")
@@ -101,7 +101,7 @@ def causal_conv1d(
     k, d, w = weight.shape
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; choose one of {ACTIVATIONS}")
-    (x,) = _autocast(x)
+    (x,) = autocast(x)
     if not x.dtype.is_floating_point:
         check_floating(x=x.dtype)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32

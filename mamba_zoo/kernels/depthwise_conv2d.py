@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._arguments import asked_for, check_floating, check_tensors, contiguous, with_unit_stride
+from ._arguments import asked_for, autocast, check_floating, check_tensors, contiguous, with_unit_stride
 from ._backend import choose, gpu_backend, implementation
 from ._op import watched
-from .selective_scan import _autocast
 
 ACTIVATIONS = (None, "silu")
 _MOST_TAPS = 9  # whose gradients a thread holds in registers
@@ -49,7 +48,7 @@ def depthwise_conv2d(
         TypeError: no tensors, or maps of integers.
     """
     _check(x, weight, bias, activation)
-    (x,) = _autocast(x)
+    (x,) = autocast(x)
     inputs = (x, weight, bias)
     dtype = asked_for(x.dtype, weight, bias)
     size = weight.shape[2:]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._arguments import as_exact, check_floating, check_tensors
+from ._arguments import as_exact, autocast, check_floating, check_tensors
 from ._backend import choose, implementation
 from ._op import Op
 from ._order import pack_order, prepare_order
@@ -185,7 +185,7 @@ def _prepared(
     )  # fmt: skip
     _check_shapes(u, dt, A, B, C, D, z, dt_bias)
     b, l, k, d = dt.shape
-    u, dt, B, C, z = _autocast(u, dt, B, C, z)
+    u, dt, B, C, z = autocast(u, dt, B, C, z)
     if len(dtypes := {x.dtype for x in (u, dt, B, C, z) if x is not None}) > 1:
         raise TypeError(f"u, dt, B, C and z must share a dtype, not {sorted(map(str, dtypes))}; cast them, or autocast")
     if reduce not in REDUCTIONS:
@@ -303,15 +303,6 @@ def _gradient(ctx, dy, dfinal, _):
 _forward = Op("selective_scan", _run_forward, _fake_forward)
 _backward = Op("selective_scan_backward", _run_backward, _fake_backward)
 _forward.set_gradient(_save, _gradient)
-
-
-def _autocast(u: Tensor, *others: Tensor | None) -> list[Any]:
-    """Tokens in the autocast dtype, if autocast is on for their device."""
-    tokens: list[Any] = [u, *others]
-    if u.device.type == "meta" or not torch.is_autocast_enabled(u.device.type) or u.dtype == torch.float64:
-        return tokens
-    dtype = torch.get_autocast_dtype(u.device.type)
-    return [x if x is None else x.to(dtype) for x in tokens]
 
 
 def _check_shapes(u, dt, A, B, C, D, z, dt_bias) -> None:

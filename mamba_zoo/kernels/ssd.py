@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._arguments import as_exact, check_floating, check_tensors
+from ._arguments import as_exact, autocast, check_floating, check_tensors
 from ._backend import choose, implementation
 from ._op import Op
 from ._order import pack_order, prepare_order
@@ -99,7 +99,7 @@ def ssd(
     _check_shapes(x, dt, A, B, C, D, z, dt_bias, decay)
     b, l, k, h = dt.shape
     p, n = x.shape[-1], B.shape[-1]
-    x, B, C, z = _autocast(x, B, C, z)
+    x, B, C, z = autocast(x, B, C, z)
     if len(dtypes := {t.dtype for t in (x, B, C, z) if t is not None}) > 1:
         raise TypeError(f"x, B, C and z must share a dtype, not {sorted(map(str, dtypes))}; cast them, or autocast")
     if not x.dtype.is_floating_point or out_dtype is not None:
@@ -294,15 +294,6 @@ def _gradient(ctx, dy, dfinal, _):
 _forward = Op("ssd", _run_forward, _fake_forward)
 _backward = Op("ssd_backward", _run_backward, _fake_backward)
 _forward.set_gradient(_save, _gradient)
-
-
-def _autocast(*tokens: Tensor | None) -> list[Any]:
-    """Tokens in the autocast dtype, if autocast is on for their device."""
-    x: Any = tokens[0]
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return list(tokens)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return [t if t is None else t.to(dtype) for t in tokens]
 
 
 def _check_shapes(x, dt, A, B, C, D, z, dt_bias, decay) -> None:

@@ -23,6 +23,7 @@ CASES = [
     {"shape": (2, 5, 64), "dtype": torch.bfloat16, "branch_dtype": torch.float16, "out": torch.bfloat16},
     {"shape": (2, 40, 1023), "dtype": torch.bfloat16, "scale": True},
     {"shape": (1, 3, 5001), "kind": "rms", "scale": True, "branch_dtype": torch.float16},
+    {"shape": (2, 3, 40), "dtype": torch.bfloat16, "weight_dtype": torch.float16},  # and a bias that it cannot hold
 ]
 
 
@@ -36,9 +37,12 @@ def check(device, backend, shape, kind="layer", branch=True, scale=False, bias=T
         x = torch.randn(*size[:-1], 2 * size[-1])[..., ::2] if strided else torch.randn(size)
         return x.to(device, dtype).requires_grad_()
 
-    given: dict[str, Any] = {"x": make(*shape, dtype=dtype), "weight": make(d)}
+    weight_dtype = dtypes.get("weight_dtype", torch.float32)
+    given: dict[str, Any] = {"x": make(*shape, dtype=dtype), "weight": make(d, dtype=weight_dtype)}
     if kind == "layer" and bias:
         given["bias"] = make(d)
+        if weight_dtype == torch.float16:
+            given["bias"].data[0] = 1e5
     if branch:
         given["branch"] = make(*shape, dtype=branch_dtype)
     factor = torch.tensor([0.0, 2.0, 1.5, 1.0], device=device)[: shape[0]] if scale else None

@@ -125,6 +125,19 @@ def test_norms_are_the_same_in_every_run(gpu, d):
 
 
 @pytest.mark.gpu
+def test_tokens_of_two_dtypes_anywhere_in_memory(gpu):
+    x = torch.randn(3, 64, device=gpu).flatten()
+    branch = torch.randn(3, 64, device=gpu).to(BRAIN).flatten()
+    weight = torch.ones(16, device=gpu)
+    for starts in ((0, 4), (2, 0), (0, 0), (1, 1)):  # 16 bytes apart or not, for one of them or the other
+        given = [t[at : at + 128].view(1, 8, 16) for t, at in zip((x, branch), starts, strict=True)]
+        stream, y = add_norm(given[0], weight, None, given[1], kind="rms", backend="cuda")
+        want = add_norm(given[0], weight, None, given[1], kind="rms", backend="reference")
+        assert relative_error(stream, want[0]) < 1e-6
+        assert relative_error(y, want[1]) < 1e-5
+
+
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements(gpu):
     rows, d = 2**22 + 5, 520
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
