@@ -55,7 +55,8 @@ def _places(model: nn.Module, device: torch.device) -> list[_Place]:
     found = [
         (layer._parameters, name, weight)
         for layer in model.modules()
-        if isinstance(layer, _LAYERS) and not (isinstance(layer, DepthwiseConv) and layer.has_kernels())  # which read float32
+        # The kernels of depthwise convolutions read float32.
+        if isinstance(layer, _LAYERS) and not (isinstance(layer, DepthwiseConv) and layer.has_kernels())
         for name, weight in layer._parameters.items()
         # No subclass of tensors, and nothing that was put there for a while, as this file does.
         if type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device == device
