@@ -17,8 +17,8 @@ _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _THREADS = 128  # of a block of several rows
 _PROCESSORS = 132  # of a large GPU
 # Threads of a multiprocessor that the registers allow, forwards and backwards, by packs a thread.
-RESIDENT = {False: {1: 1024, 2: 512}, True: {1: 768, 2: 512}}
-_MOST = {1: 256, 2: 512}  # threads of a block, by packs a thread
+RESIDENT = {False: {1: 1024, 2: 512, 3: 512}, True: {1: 768, 2: 512}}
+_MOST = {1: 256, 2: 512, 3: 128}  # threads of a block, by packs a thread
 
 
 class Launch(NamedTuple):
@@ -37,6 +37,8 @@ def norm_launch(rows: int, d: int, width: int, backward: bool) -> Launch:
     """Few packs a thread, as it holds three numbers for each channel; no row in two blocks if that can be."""
     needed = max(1, -(-d // width))
     packs = 1 if needed <= 32 or 64 < needed <= _MOST[1] else 2
+    if not backward and needed in (12, 24, 48):  # 4 to 16 lanes with three packs each, none of them idle
+        packs = 3
     columns = -(-needed // packs)
     lanes = max(4, 1 << (columns - 1).bit_length()) if columns <= 32 else -(-columns // 32) * 32
     slices = 1

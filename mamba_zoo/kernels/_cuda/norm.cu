@@ -160,6 +160,7 @@ template <int P> DEVICE void forward(const Args& p) {
 
 extern "C" __global__ void __launch_bounds__(256, 3) norm_forward_1(const __grid_constant__ Args p) { forward<1>(p); }
 extern "C" __global__ void __launch_bounds__(512) norm_forward_2(const __grid_constant__ Args p) { forward<2>(p); }
+extern "C" __global__ void __launch_bounds__(128, 4) norm_forward_3(const __grid_constant__ Args p) { forward<3>(p); }
 
 #else
 
