@@ -45,6 +45,8 @@ def compiled(
         constants["REVERSE"] = True
     if kernel in ("forward", "heads"):
         constants["DP"] = 0  # a number for each head
+    if kernel == "heads":
+        constants["SOFTPLUS"] = True
     absent = () if packed else tuple(name for name in OPTIONAL if name in function.arg_names)
     options = shape.options() | ({} if warps is None else {"num_warps": warps})
     return compile_kernel(function, constants, 90, absent, NAMES[dtype], **options)

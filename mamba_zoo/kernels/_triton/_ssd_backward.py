@@ -11,8 +11,9 @@ registers, without atomics, and the part within the chunk before it is multiplie
 import triton
 import triton.language as tl
 
+from ._math import exp_of_negative
 from ._ssd_tiles import causal, in_states, product, tokens_of_chunk
-from ._tiles import load_tile, store_tile
+from ._tiles import END, load_tile, store_tile
 
 SIZES = ["m", "k", "h", "per_group", "chunks", "rows", "order_b", "order_k", "l"]
 PARTS = [*SIZES, "g", "per_part", "parts"]
@@ -23,15 +24,16 @@ MAPS = [*PARTS, "part_rows", *STRIDES]
 
 @triton.jit(do_not_specialize=HEADS)
 def ssd_backward_heads(
-    x, A, B, C, D, deltas, sums_of_steps, slopes, order, first_chunk, states, ahead, dy, dx, ddt, ddecay, sums_of_heads,
+    x, A, B, C, D, deltas, sums_of_steps, order, first_chunk, states, ahead, dy, dx, ddt, ddecay, sums_of_heads,
     m, k, h, per_group, chunks, rows, order_b, order_k, l, g, per_part, parts,
     x_b, x_l, x_k, x_h, dy_b, dy_l, dy_k, dy_h,
     B_b, B_l, B_k, B_g, C_b, C_l, C_k, C_g, D_k, D_h,
-    DP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr, PB: tl.constexpr, Q: tl.constexpr,
-    V: tl.constexpr, VN: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DP: tl.constexpr, SOFTPLUS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr,
+    PB: tl.constexpr, Q: tl.constexpr, V: tl.constexpr, VN: tl.constexpr, WIDE: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write `dx (b, l, k, h, p)`, `ddt` and `ddecay (b, l, k, h)`, and each chunk's shares of the gradients of D, A and
-    the bias, `sums_of_heads (b, chunks, k, h, p + 2)`.
+    """Write `dx (b, l, k, h, p)`, `ddt` and `ddecay (b, l, k, h)`, and in `sums_of_heads` each chunk's shares of the
+    gradients of D `(k, h, p)`, A and the bias `(k, h)`, one after another.
 
     `states` and `ahead (b, k, chunks, h, n, p)` are the states that enter the chunks, and the gradients of those that
     leave them. The gradient in the decays is a sum over pairs of an earlier and a later step: nothing cancels in it.
@@ -61,7 +63,7 @@ def ssd_backward_heads(
     if ddecay is not None:
         ddecay += in_rows
     place = ((sample * k + direction) * chunks + chunk) * h
-    sums_of_heads += ((sample * chunks + chunk) * k + direction) * h * (P + 2)
+    sums_of_heads += (sample * chunks + chunk) * k * h * (P + 2)
     step = tl.arange(0, Q)
     at_tokens = tokens.to(tl.int64) if WIDE else tokens
     start = group * per_group + part * per_part
@@ -104,7 +106,7 @@ def ssd_backward_heads(
             if D is not None:
                 skip = tl.load(D + direction * D_k + head * D_h + lane * DP, mask=lane_ok, other=0.0)
                 gradient += skip[None, :] * steep
-                tl.store(sums_of_heads + head * (P + 2) + lane, tl.sum(steep * wide, axis=0), mask=lane_ok)
+                tl.store(sums_of_heads + in_k * P + lane, tl.sum(steep * wide, axis=0), mask=lane_ok)
             store_tile(dx + head * P, tokens, k * h * P, lane, lane_ok, gradient, WIDE)
 
         gone = to_state * delta
@@ -114,11 +116,16 @@ def ssd_backward_heads(
         if ddecay is not None:
             tl.store(ddecay + head + at_tokens * (k * h), dlog, mask=tokens >= 0)
         else:
-            tl.store(sums_of_heads + head * (P + 2) + P, tl.sum(dlog * delta, axis=0))
+            tl.store(sums_of_heads + k * h * P + in_k, tl.sum(dlog * delta, axis=0))
             ddelta += tl.load(A + in_k) * dlog
-        ddelta *= tl.load(slopes + at * Q + step)
+        # That of softplus is 1 - exp(-delta), by its series where the difference would lose digits.
+        if SOFTPLUS:
+            series = delta * (1.0 - delta * (1.0 / 2 - delta * (1.0 / 6 - delta / 24)))
+            ddelta *= tl.where(delta < 0.05, series, 1.0 - exp_of_negative(-delta))
+        else:
+            ddelta = tl.where(tokens != END, ddelta, 0.0)
         tl.store(ddt + head + at_tokens * (k * h), ddelta, mask=tokens >= 0)
-        tl.store(sums_of_heads + head * (P + 2) + P + 1, tl.sum(ddelta, axis=0))
+        tl.store(sums_of_heads + k * h * (P + 1) + in_k, tl.sum(ddelta, axis=0))
 
 
 @triton.jit(do_not_specialize=MAPS)

@@ -19,14 +19,14 @@ STEPS = ["dt_b", "dt_l", "dt_k", "dt_h", "decay_b", "decay_l", "decay_k", "decay
 
 @triton.jit(do_not_specialize=[*SIZES, *STEPS])
 def ssd_steps(
-    dt, A, decay, bias, order, deltas, sums, slopes,
+    dt, A, decay, bias, order, deltas, sums,
     m, k, h, blocks, chunks, order_b, order_k, dt_b, dt_l, dt_k, dt_h, decay_b, decay_l, decay_k, decay_h,
     SOFTPLUS: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write `deltas`, `sums` and, where given, `slopes (b, k, chunks, h, Q)`.
+    """Write `deltas` and `sums (b, k, chunks, h, Q)`.
 
-    Step sizes; the binary logarithms of the decays from the start of the chunk to the end of each step; and the
-    derivatives of step sizes in `dt`. Steps that only fill a chunk have size 0 and do not decay.
+    Step sizes, and the binary logarithms of the decays from the start of the chunk to the end of each step. Steps that
+    only fill a chunk have size 0 and do not decay.
     """
     pid = tl.program_id(0)
     block = pid % blocks
@@ -43,9 +43,8 @@ def ssd_steps(
         raw += tl.load(bias + direction * h + head, mask=head_ok, other=0.0)[None, :]
     alive = (tokens != END)[:, None]
     delta = raw
-    slope = tl.full(raw.shape, 1.0, tl.float32)
     if SOFTPLUS:
-        delta, slope = softplus_and_slope(raw)
+        delta, _ = softplus_and_slope(raw)
     delta = tl.where(alive, delta, 0.0)
     if decay is not None:
         decay += sample * decay_b + direction * decay_k
@@ -56,5 +55,3 @@ def ssd_steps(
     at = place + head[None, :] * Q + tl.arange(0, Q)[:, None]
     tl.store(deltas + at, delta, mask=head_ok[None, :])
     tl.store(sums + at, tl.cumsum(log * LOG2E, 0), mask=head_ok[None, :])
-    if slopes is not None:
-        tl.store(slopes + at, tl.where(alive, slope, 0.0), mask=head_ok[None, :])

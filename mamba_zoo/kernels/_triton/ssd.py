@@ -1,7 +1,8 @@
 """The state-space dual through Triton: launch shapes, buffers and the sums that follow the kernels.
 
-Forward: one launch, or two for long sequences in few samples. Backward: the states of all chunks again, those of the
-gradient, and two kernels for the rest. Kept between the two is what segments leave, at most 16 states of a head.
+Forward: one launch for the steps and one for the rest, or two for long sequences in few samples. Backward: the states
+of all chunks again, those of the gradient, and two kernels for the rest. Kept between the two are two numbers a step
+and head, and what segments leave, at most 16 states of a head.
 """
 
 from __future__ import annotations
@@ -47,55 +48,63 @@ class Shape:
 # halves; otherwise they do the same work twice, and Triton 3.6 may read operands of the second half beyond the tile:
 # on an H100, float32 tiles of 16 states were wrong or failed with eight warps and right with four.
 # What the compiler says for sm_90 (triton 3.6; 128 states, 64 channels a head): registers of a lane, bytes that it
-# spills, shared memory; bfloat16: 255, 304, 91 kB; 97, 0, 82 kB; 255, 304, 92 kB; 228, 0, 140 kB. What HEADS spills
+# spills, shared memory; bfloat16: 255, 304, 91 kB; 97, 0, 82 kB; 255, 280, 92 kB; 228, 0, 140 kB. What HEADS spills
 # costs less than it gains by fetching the next head meanwhile: 919 to 846 us on an H200 at 65,536 tokens.
 FORWARD, STATES, HEADS, MAPS = Shape(4, 2), Shape(8, 3), Shape(4, 2), Shape(8, 3)
 _SHARED = 144 * 1024  # bytes that MAPS needs at most; GPUs with less (8.6, 8.9, 12.0) get a stage less
-# Float32 operands take twice the room; float16 tokens: 255, 64, 66 kB; 128, 0, 37 kB; 255, 1632, 66 kB; 255, 408,
+# Float32 operands take twice the room; float16 tokens: 255, 64, 66 kB; 128, 0, 37 kB; 255, 1616, 66 kB; 255, 408,
 # 49 kB.
 WIDE_FORWARD, WIDE_STATES, WIDE_HEADS, WIDE_MAPS = Shape(4), Shape(8, 2), Shape(4), Shape(4)
 
 
 def saved_shape(s: SsdArgs) -> tuple[int, ...]:
     """The shape of what `forward` saves."""
-    segments = _segments(s)[0] if _serves(s) else 1
-    return (0,) if segments == 1 else (s.rows * s.k * segments * s.h * (s.n * s.p + 1),)
+    if not _serves(s):
+        return (0,)
+    steps = s.chunk or _STEPS
+    chunks = -(-s.m // steps) + (0 if s.offsets is None else s.rows)
+    return (2 * s.b * s.k * chunks * s.h * steps + _ends_size(s),)
 
 
 def forward(s: SsdArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(y, final state if wanted, what segments leave if saved)`; see `SsdArgs` for the shapes."""
+    """`(y, final state if wanted, steps and what segments leave if saved)`; see `SsdArgs` for the shapes."""
     if not _serves(s):
         return *_ssd_chunked.forward(s, want_final), None
-    c = _Call(s)
+    kept = s.x.new_empty(saved_shape(s), dtype=torch.float32)
+    c = _Call(s, kept)
+    c.plan.steps(s.x, s.dt, c.A, s.decay, contiguous(s.dt_bias), c.order, c.deltas, c.sums)
     y = c.new(c.plan.y_shape, s.out_dtype)
     final = s.new_state() if want_final else None
-    ends = c.ends(c.plan.states, c.x, c.B)
+    if c.ends is not None:
+        c.launch_states(c.plan.states, c.x, c.B, None, c.ends, None, None)
     c.plan.forward(
-        s.x, c.x, c.B, c.C, s.D, c.deltas, c.sums, c.order, c.first_chunk, c.initial, ends, y, final
+        s.x, c.x, c.B, c.C, s.D, c.deltas, c.sums, c.order, c.first_chunk, c.initial, c.ends, y, final
     )  # fmt: skip
-    return y if y.dtype == s.out_dtype else y.to(s.out_dtype), final, ends if save else None
+    return y if y.dtype == s.out_dtype else y.to(s.out_dtype), final, kept if save else None
 
 
-def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor | None) -> dict[str, Tensor]:
+def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> dict[str, Tensor]:
     """Gradients of all inputs that are given, by their names."""
     if not _serves(s):
         return _ssd_chunked.backward(s, dy, dfinal)
     dy = with_unit_stride(dy)
-    c = _Call(s, dy)
+    c = _Call(s, saved, dy)
     plan = c.plan
     dinitial = None if s.initial_state is None else s.new_state()
-    if saved is None or not saved.numel():
-        saved = c.ends(plan.states, c.x, c.B)
-    states = c.states(plan.states, c.x, c.B, c.initial, saved, None)
-    ahead = c.states(plan.ahead, dy, c.C, contiguous(dfinal), c.ends(plan.ahead, dy, c.C), dinitial)
+    states = c.states(plan.states, c.x, c.B, c.initial, c.ends, None)
+    starts = None
+    if c.ends is not None:
+        starts = torch.empty_like(c.ends)
+        c.launch_states(plan.ahead, dy, c.C, None, starts, None, None)
+    ahead = c.states(plan.ahead, dy, c.C, contiguous(dfinal), starts, dinitial)
 
     dx, ddt = c.new(plan.y_shape, s.x.dtype), c.new(s.dt.shape, s.dt.dtype)
     ddecay = None if s.decay is None else c.new(s.dt.shape, s.decay.dtype)
     make = s.x.new_empty if c.first_chunk is None else s.x.new_zeros
     sums = make(plan.sums_shape, dtype=torch.float32)
     plan.heads(
-        s.x, c.x, c.A, c.B, c.C, s.D, c.deltas, c.sums, c.slopes, c.order, c.first_chunk, states, ahead, dy,
-        dx, ddt, ddecay, sums,
+        s.x, c.x, c.A, c.B, c.C, s.D, c.deltas, c.sums, c.order, c.first_chunk, states, ahead, dy, dx, ddt, ddecay,
+        sums,
     )  # fmt: skip
     dB, dC = (c.new(plan.maps_shape, s.B.dtype if plan.parts == 1 else torch.float32) for _ in range(2))
     plan.maps(
@@ -104,9 +113,11 @@ def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor | None
 
     if s.x.dim() == 4:
         dx = dx[:, :, 0] if plan.k == 1 else dx.sum(2)
-    sums = sums.sum(0)
-    grads = {"x": dx, "dt": ddt, "decay": ddecay, "initial_state": dinitial, "D": sums[..., :-2]}
-    grads |= {"A": sums[..., -2], "dt_bias": sums[..., -1]}
+    dD, dA, dbias = (
+        t.view(plan.k, s.h, -1) for t in sums.sum(0).split([plan.k * s.h * s.p, plan.k * s.h, plan.k * s.h])
+    )
+    grads = {"x": dx, "dt": ddt, "decay": ddecay, "initial_state": dinitial, "D": dD}
+    grads |= {"A": dA[..., 0], "dt_bias": dbias[..., 0]}
     grads |= {name: t[0] if plan.parts == 1 else t.sum(0) for name, t in (("B", dB), ("C", dC))}
     return {name: grads[name].to(t.dtype).contiguous() for name, t in s.differentiable().items()}
 
@@ -142,30 +153,23 @@ def precision(dtype: torch.dtype) -> str:
 class _Call:
     """The arguments as the kernels read them, and what steps have in common."""
 
-    def __init__(self, s: SsdArgs, dy: Tensor | None = None):
+    def __init__(self, s: SsdArgs, kept: Tensor, dy: Tensor | None = None):
         self.s = s
         self.x, self.B, self.C = (with_unit_stride(t) for t in (s.x, s.B, s.C))
-        self.A, bias, self.initial = contiguous(s.A), contiguous(s.dt_bias), contiguous(s.initial_state)
+        self.A, self.initial = contiguous(s.A), contiguous(s.initial_state)
         self.order, self.first_chunk = s.order, None
         if s.offsets is not None:
             self.order, self.first_chunk = chunked_order(s.order, s.offsets, s.chunk or _STEPS)
         self.plan = plan = _plan(s, self.x, self.B, self.C, self.order, dy)
-        self.deltas, self.sums = (s.x.new_empty(plan.steps_shape, dtype=torch.float32) for _ in range(2))
-        self.slopes = None if dy is None else s.x.new_empty(plan.steps_shape, dtype=torch.float32)
-        plan.steps(s.x, s.dt, self.A, s.decay, bias, self.order, self.deltas, self.sums, self.slopes)
+        # Sizes and sums of the steps first: their rows begin at multiples of 16 bytes.
+        steps = plan.steps_size
+        self.deltas, self.sums = kept[:steps], kept[steps : 2 * steps]
+        self.ends = kept[2 * steps :] if plan.segments > 1 else None  # what segments leave, and the sums of their logs
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A result in rows of tokens, zero under those that are not visited."""
         make = self.s.x.new_empty if self.s.complete else self.s.x.new_zeros
         return make(shape, dtype=stored_dtype(self.s.x, dtype))
-
-    def ends(self, launch: Launch, values: Tensor, maps: Tensor) -> Tensor | None:
-        """What each segment leaves, and the sums of the logarithms of its decays, if there is more than one."""
-        if self.plan.segments == 1:
-            return None
-        ends = self.s.x.new_empty(self.plan.ends_shape, dtype=torch.float32)
-        self._states(launch, values, maps, None, ends, None, None)
-        return ends
 
     def states(
         self,
@@ -178,10 +182,11 @@ class _Call:
     ) -> Tensor:
         """The states that enter the chunks, `(b, k, chunks, h, n, p)`, in the dtype of the products."""
         states = self.s.x.new_empty(self.plan.states_shape, dtype=self.plan.multiplied)
-        self._states(launch, values, maps, initial, ends, states, final)
+        self.launch_states(launch, values, maps, initial, ends, states, final)
         return states
 
-    def _states(self, launch, values, maps, initial, ends, states, final) -> None:
+    def launch_states(self, launch, values, maps, initial, ends, states, final) -> None:
+        """Queue the kernel that writes the states of chunks, or only what segments leave to `ends`."""
         launch(
             self.s.x, values, maps, self.deltas, self.sums, self.order, self.first_chunk, initial, ends, states, final
         )
@@ -217,7 +222,7 @@ class _Plan:
 
         heads = min(32, _power_of_two(h))
         head_blocks = -(-h // heads)
-        self.steps_shape = (b, k, chunks, h, steps)
+        self.steps_size = b * k * chunks * h * steps
         decay = s.dt if s.decay is None else s.decay
         self.steps = Launch(
             ssd_steps, b * k * chunks * head_blocks,
@@ -228,7 +233,7 @@ class _Plan:
         sizes = (m, k, h, h // g, blocks, chunks, self.segments, per_segment, rows, *in_order)
         of_x, of_B, of_C = _strides(x, width), _strides(B, state_width), _strides(C, state_width)
         of_D, within_D = ((0, 0), 0) if s.D is None else (s.D.stride()[:2], s.D.stride(2))
-        self.ends_shape, self.states_shape = rows * k * self.segments * h * (n * p + 1), (b, k, chunks, h, n, p)
+        self.states_shape = (b, k, chunks, h, n, p)
         self.states = Launch(ssd_states, programs, (*sizes, *of_x, *of_B), {"REVERSE": False, **made("states")})
         self.forward = Launch(
             ssd_forward, programs, (*sizes, l, *of_x, *of_B, *of_C, *of_D), {"DP": within_D, **made("forward")}
@@ -244,12 +249,12 @@ class _Plan:
         self.parts = -(-h // g // per_part)
         sizes = (m, k, h, h // g, chunks, rows, *in_order, l, g, per_part, self.parts)
         strides = (*of_x, *of_dy, *of_B, *of_C)
-        self.sums_shape, self.maps_shape = (b * chunks, k, h, p + 2), (self.parts, b, l, k, g, n)
+        self.sums_shape, self.maps_shape = (b * chunks, k * h * (p + 2)), (self.parts, b, l, k, g, n)
         self.heads = Launch(
             ssd_backward_heads,
             groups * self.parts,
             (*sizes, *strides, *of_D),
-            {"DP": within_D, **made("heads")},
+            {"DP": within_D, "SOFTPLUS": s.dt_softplus, **made("heads")},
         )
         self.maps = Launch(
             ssd_backward_maps, groups * self.parts, (*sizes, b * l * k * g, *strides), made("maps")
@@ -277,6 +282,12 @@ def _segments(s: SsdArgs) -> tuple[int, int]:
         return 1, chunks
     per_segment = -(-chunks // min(_SEGMENTS, _PROGRAMS // streams, chunks))
     return -(-chunks // per_segment), per_segment
+
+
+def _ends_size(s: SsdArgs) -> int:
+    """Numbers that segments leave: of each and head a state, and the sum of the logarithms of its decays."""
+    segments = _segments(s)[0]
+    return 0 if segments == 1 else s.rows * s.k * segments * s.h * (s.n * s.p + 1)
 
 
 def _in_bfloat16(s: SsdArgs) -> bool:
