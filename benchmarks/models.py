@@ -1,4 +1,5 @@
-"""Time whole models beside timm's: `python -m benchmarks.models [--device cpu|cuda] [--only PATTERN] [--out FILE]`.
+"""Time whole models beside timm's: `python -m benchmarks.models [--device cpu|cuda] [--only PATTERN]
+[--alone] [--out FILE]`.
 
 CPU: batch 1, float32, inference, models and peers interleaved. GPU: batch 128, bfloat16 autocast, inference and
 training (forward + backward, without the optimizer step), eager and, with --modes, through torch.compile ("compiled")
@@ -131,14 +132,14 @@ def on_cpu(names: list[str], rounds: int) -> list[dict]:
     return rows
 
 
-def chosen(patterns: list[str], batch: int | None) -> list[Row]:
-    """The rows that match a pattern by model or family, and their peers before them; each model once."""
+def chosen(patterns: list[str], batch: int | None, alone: bool = False) -> list[Row]:
+    """The rows that match a pattern by model or family, and unless `alone` their peers before them; each once."""
     rows = [row for row in ROWS if any(fnmatch.fnmatch(name, p) for p in patterns for name in (row.model, row.family))]
     known = {row.model for row in ROWS}
     rows += [Row(name, "timm") for name in patterns if name not in known and timm.is_model(name)]
     if not rows:
         raise SystemExit(f"nothing matches {patterns}; known are {sorted(known | {row.family for row in ROWS})}")
-    peers = [Row(row.peer, "timm") for row in rows if row.peer is not None]
+    peers = [Row(row.peer, "timm") for row in rows if row.peer is not None and not alone]
     ordered = {row.model: row for row in [*peers, *rows]}
     return [row if batch is None else Row(row.model, row.family, row.peer, batch) for row in ordered.values()]
 
@@ -320,6 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=int, help="GPU: instead of 128 images or 16 clips; halved where memory ends")
     parser.add_argument("--size", type=int, default=224, help="GPU: pixels per side")
+    parser.add_argument("--alone", action="store_true", help="GPU: without the peers, as compiling takes minutes")
     parser.add_argument("--rounds", type=int, default=15, help="CPU: timed calls of each model")
     parser.add_argument("--seconds", type=float, default=1.2, help="GPU: of measuring, for each model twice")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="GPU: how models are called")
@@ -332,18 +334,19 @@ def main(arguments: list[str] | None = None) -> None:
         measure: Any = on_cpu(options.only or list(PAIRS), options.rounds)
     else:
         where, fields = torch.cuda.get_device_name(), FIELDS
-        measure = on_gpu(chosen(options.only or ["*"], options.batch), options.size, options.modes, options.seconds)
-    rows = []
+        rows = chosen(options.only or ["*"], options.batch, options.alone)
+        measure = on_gpu(rows, options.size, options.modes, options.seconds)
+    results = []
     with (options.out or Path(os.devnull)).open("w", newline="") as file:
         versions = f"torch {torch.__version__}, timm {timm.__version__}, mamba_zoo {mamba_zoo.__version__}"
         file.write(f"# {where}; {versions}; python -m benchmarks.models {' '.join(sys.argv[1:])}\n")
         writer = csv.DictWriter(file, fieldnames=fields)
         writer.writeheader()
         for row in measure:
-            rows.append(row)
+            results.append(row)
             writer.writerow(row)
             file.flush()
-    Console(width=160).print(cpu_table(rows) if options.device == "cpu" else gpu_table(rows))
+    Console(width=160).print(cpu_table(results) if options.device == "cpu" else gpu_table(results))
 
 
 if __name__ == "__main__":
