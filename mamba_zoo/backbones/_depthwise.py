@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers._fx import register_notrace_module
 from torch import Tensor, nn
 
+from ..kernels._op import watched
 from ..kernels.depthwise_conv2d import depthwise_conv2d, has_kernels
 from ._block import are_hooked
 from ._recompute import recomputed
@@ -55,7 +56,7 @@ class DepthwiseConv(nn.Conv2d):
 
 def again(layer: nn.Module, y: Tensor, x: Tensor) -> AbstractContextManager[Any]:
     """A context within which autograd keeps `x` instead of `y = layer(x)`, where kernels make it and nobody looks."""
-    if not y.requires_grad or type(layer) is not DepthwiseConv:
+    if not y.requires_grad or type(layer) is not DepthwiseConv or watched((y,)):
         return nullcontext()
     if are_hooked(layer) or not layer.has_kernels():
         return nullcontext()
