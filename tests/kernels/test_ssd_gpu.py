@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +48,24 @@ def test_more_than_two_to_the_31_elements():
         last = [t[:, -150:].double().cpu() for t in (x, dt, B, C)]
         wanted = ssd(last[0], last[1], A.double().cpu(), last[2], last[3], backend="reference")
     assert relative_error(y[:, -50:], wanted[:, -50:]) < TOLERANCE[torch.bfloat16]
+
+
+def test_first_calls_on_a_new_machine(tmp_path):
+    """Nothing is compiled yet: kernels of a pass are compiled and loaded side by side."""
+    code = "from tests.kernels.test_ssd_gpu import assert_close, make_problem, torch\nfor p in (16, 24):\n"
+    code += "    assert_close(make_problem(l=300, h=4, p=p, n=16, device='cuda', dtype=torch.bfloat16, state=True))"
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = {path.stem for path in tmp_path.rglob("*.cubin")}
+    assert {"ssd_steps", "ssd_states", "ssd_forward", "ssd_backward_heads", "ssd_backward_maps"} <= kernels
 
 
 def test_more_samples_than_a_grid_has_in_its_second_dimension():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,15 @@ class Launch:
             with torch.cuda.device(like.device):
                 self._queue(like.get_device(), tensors)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it has a kernel to run and has not run on a GPU yet."""
+        return self.programs > 0 and not self._found
+
+    def compiled(self, *tensors: Tensor | None) -> Any:
+        """Triton's kernel for `tensors`, or where it compiles asynchronously, its future."""
+        return self.kernel.warmup(*tensors, *self.numbers, grid=(self.programs,), **self.constants)
+
     def _queue(self, device: int, tensors: tuple[Tensor | None, ...]) -> None:
         key: list[Any] = [device]
         values: list[Any] = []
@@ -94,6 +104,40 @@ class Launch:
             return
         values += self.numbers
         _again(handle, self.programs, device, values)
+
+
+Given = tuple[Launch, tuple[Tensor | None, ...]]  # and its tensors
+
+
+def in_turn(like: Tensor, *launches: Given) -> None:
+    """Run launches one after another, each with its tensors, all on the device of `like`.
+
+    What Triton has to compile for them it compiles side by side, so that a first call waits for the slowest only.
+    """
+    if like.is_cuda and hasattr(_triton(), "AsyncCompileMode"):
+        new = [(launch, tensors) for launch, tensors in launches if launch.is_new]
+        if len(new) > 1 and not torch.cuda.is_current_stream_capturing():  # other threads would spoil what is recorded
+            with torch.cuda.device(like.device):
+                _compile_together(like.get_device(), new)
+    for launch, tensors in launches:
+        launch(like, *tensors)
+
+
+def _compile_together(device: int, launches: list[Given]) -> None:
+    """Compile and load kernels in threads: most of it is other programs' work, or done without Python's lock."""
+    triton = _triton()
+    with ThreadPoolExecutor() as threads:
+        with triton.AsyncCompileMode(threads):
+            found = [launch.compiled(*tensors) for launch, tensors in launches]
+        kernels = [kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel for kernel in found]
+        different = {id(kernel): kernel for kernel in kernels if kernel is not None}  # none is loaded twice at once
+        list(threads.map(partial(_load, device), different.values()))
+
+
+def _load(device: int, kernel: Any) -> None:
+    """Have Triton build the launcher of a compiled kernel and load it, as its first launch would."""
+    with torch.cuda.device(device):
+        _ = kernel.run
 
 
 def _queue(kernel: Any, programs: int, device: int, args: tuple, constants: dict[str, Any]) -> None:

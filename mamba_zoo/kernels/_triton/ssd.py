@@ -18,7 +18,7 @@ from .. import _ssd_chunked
 from .._arguments import contiguous, with_unit_stride
 from .._plans import Plans
 from .._ssd_args import SsdArgs, chunked_order
-from ._launch import Launch, common_width, needs_wide_offsets, stored_dtype
+from ._launch import Given, Launch, common_width, in_turn, needs_wide_offsets, stored_dtype
 
 # Programs that run side by side on a large GPU. Where a launch has half of that or less, sequences are cut into
 # segments, and groups of heads into parts.
@@ -26,6 +26,7 @@ _PROGRAMS = 264
 _SEGMENTS = 16  # at most: each reads what all before it leave
 _LARGEST, _WIDE_LARGEST = 256, 128  # states, of bfloat16 tokens and others
 _STEPS = 64  # of a chunk
+_HEADS = 8  # of a program of the steps, however many there are: models with several widths compile it once
 _CAPABILITY = (8, 0)  # older GPUs have neither bfloat16 nor enough shared memory
 _plans: Plans[_Plan] = Plans()
 
@@ -72,14 +73,15 @@ def forward(s: SsdArgs, save: bool, want_final: bool) -> tuple[Tensor, Tensor | 
         return *_ssd_chunked.forward(s, want_final), None
     kept = s.x.new_empty(saved_shape(s), dtype=torch.float32)
     c = _Call(s, kept)
-    c.plan.steps(s.x, s.dt, c.A, s.decay, contiguous(s.dt_bias), c.order, c.deltas, c.sums)
-    y = c.new(c.plan.y_shape, s.out_dtype)
+    plan = c.plan
+    y = c.new(plan.y_shape, s.out_dtype)
     final = s.new_state() if want_final else None
+    launches: list[Given] = [(plan.steps, (s.dt, c.A, s.decay, contiguous(s.dt_bias), c.order, c.deltas, c.sums))]
     if c.ends is not None:
-        c.launch_states(c.plan.states, c.x, c.B, None, c.ends, None, None)
-    c.plan.forward(
-        s.x, c.x, c.B, c.C, s.D, c.deltas, c.sums, c.order, c.first_chunk, c.initial, c.ends, y, final
-    )  # fmt: skip
+        launches.append((plan.states, c.for_states(c.x, c.B, None, c.ends, None, None)))
+    values = s.D, c.deltas, c.sums, c.order, c.first_chunk, c.initial, c.ends, y, final
+    launches.append((plan.forward, (c.x, c.B, c.C, *values)))
+    in_turn(s.x, *launches)
     return y if y.dtype == s.out_dtype else y.to(s.out_dtype), final, kept if save else None
 
 
@@ -91,25 +93,22 @@ def backward(s: SsdArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> di
     c = _Call(s, saved, dy)
     plan = c.plan
     dinitial = None if s.initial_state is None else s.new_state()
-    states = c.states(plan.states, c.x, c.B, c.initial, c.ends, None)
-    starts = None
-    if c.ends is not None:
-        starts = torch.empty_like(c.ends)
-        c.launch_states(plan.ahead, dy, c.C, None, starts, None, None)
-    ahead = c.states(plan.ahead, dy, c.C, contiguous(dfinal), starts, dinitial)
-
+    states, ahead = (s.x.new_empty(plan.states_shape, dtype=plan.multiplied) for _ in range(2))
+    starts = None if c.ends is None else torch.empty_like(c.ends)
     dx, ddt = c.new(plan.y_shape, s.x.dtype), c.new(s.dt.shape, s.dt.dtype)
     ddecay = None if s.decay is None else c.new(s.dt.shape, s.decay.dtype)
     make = s.x.new_empty if c.first_chunk is None else s.x.new_zeros
     sums = make(plan.sums_shape, dtype=torch.float32)
-    plan.heads(
-        s.x, c.x, c.A, c.B, c.C, s.D, c.deltas, c.sums, c.order, c.first_chunk, states, ahead, dy, dx, ddt, ddecay,
-        sums,
-    )  # fmt: skip
     dB, dC = (c.new(plan.maps_shape, s.B.dtype if plan.parts == 1 else torch.float32) for _ in range(2))
-    plan.maps(
-        s.x, c.x, c.B, c.C, c.deltas, c.sums, c.order, c.first_chunk, states, ahead, dy, dB, dC
-    )  # fmt: skip
+
+    launches: list[Given] = [(plan.states, c.for_states(c.x, c.B, c.initial, c.ends, states, None))]
+    if starts is not None:
+        launches.append((plan.ahead, c.for_states(dy, c.C, None, starts, None, None)))
+    launches.append((plan.ahead, c.for_states(dy, c.C, contiguous(dfinal), starts, ahead, dinitial)))
+    steps = c.deltas, c.sums, c.order, c.first_chunk, states, ahead, dy
+    launches.append((plan.heads, (c.x, c.A, c.B, c.C, s.D, *steps, dx, ddt, ddecay, sums)))
+    launches.append((plan.maps, (c.x, c.B, c.C, *steps, dB, dC)))
+    in_turn(s.x, *launches)
 
     if s.x.dim() == 4:
         dx = dx[:, :, 0] if plan.k == 1 else dx.sum(2)
@@ -171,25 +170,17 @@ class _Call:
         make = self.s.x.new_empty if self.s.complete else self.s.x.new_zeros
         return make(shape, dtype=stored_dtype(self.s.x, dtype))
 
-    def states(
+    def for_states(
         self,
-        launch: Launch,
         values: Tensor,
         maps: Tensor,
         initial: Tensor | None,
         ends: Tensor | None,
+        states: Tensor | None,
         final: Tensor | None,
-    ) -> Tensor:
-        """The states that enter the chunks, `(b, k, chunks, h, n, p)`, in the dtype of the products."""
-        states = self.s.x.new_empty(self.plan.states_shape, dtype=self.plan.multiplied)
-        self.launch_states(launch, values, maps, initial, ends, states, final)
-        return states
-
-    def launch_states(self, launch, values, maps, initial, ends, states, final) -> None:
-        """Queue the kernel that writes the states of chunks, or only what segments leave to `ends`."""
-        launch(
-            self.s.x, values, maps, self.deltas, self.sums, self.order, self.first_chunk, initial, ends, states, final
-        )
+    ) -> tuple[Tensor | None, ...]:
+        """The tensors of the kernel that writes the states of chunks, or only what segments leave to `ends`."""
+        return values, maps, self.deltas, self.sums, self.order, self.first_chunk, initial, ends, states, final
 
 
 class _Plan:
@@ -220,14 +211,13 @@ class _Plan:
         def made(kernel: str) -> dict[str, Any]:
             return constants | launch_shape(kernel, n, p, x.dtype, _shared(x.device))[0].options()
 
-        heads = min(32, _power_of_two(h))
-        head_blocks = -(-h // heads)
+        head_blocks = -(-h // _HEADS)
         self.steps_size = b * k * chunks * h * steps
         decay = s.dt if s.decay is None else s.decay
         self.steps = Launch(
             ssd_steps, b * k * chunks * head_blocks,
             (m, k, h, head_blocks, chunks, *in_order, *s.dt.stride(), *decay.stride()),
-            {"SOFTPLUS": s.dt_softplus, "Q": steps, "HEADS": heads, "WIDE": wide, "num_warps": 4},
+            {"SOFTPLUS": s.dt_softplus, "Q": steps, "HEADS": _HEADS, "WIDE": wide, "num_warps": 4},
         )  # fmt: skip
 
         sizes = (m, k, h, h // g, blocks, chunks, self.segments, per_segment, rows, *in_order)
