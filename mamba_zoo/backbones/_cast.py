@@ -17,11 +17,12 @@ from torch._utils import _unflatten_dense_tensors
 from torch.autograd.function import once_differentiable
 
 from ..kernels._op import watched
+from ._block import are_hooked
 from ._depthwise import DepthwiseConv
 from ._ssm import DirectionLinear
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DirectionLinear)
-_Place = tuple[dict[str, Any], str, nn.Parameter]  # the parameters of a layer, a name among them, and what is there
+_Place = tuple[nn.Module, str, nn.Parameter]  # a layer, the name of a parameter of its own, and what is there
 _known: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
 
 
@@ -31,7 +32,7 @@ def weights_cast(model: nn.Module, x: Any) -> AbstractContextManager[Any]:
     The numbers are those of autocast, which launches a kernel for every weight, and in the backward pass another for
     its gradient: of the kernels of VMamba-T a third. All gradients arrive together at the end of the backward pass.
     Nothing changes without autocast, where a compiler or a transform looks on, or where processes exchange gradients as
-    they come.
+    they come; nor for layers with hooks, which would meet the casts in the place of the parameters.
 
     Args:
         model: Called within the context.
@@ -42,8 +43,9 @@ def weights_cast(model: nn.Module, x: Any) -> AbstractContextManager[Any]:
     if watched((x,)) or _distributed():
         return nullcontext()
     places = _known.get(model)
-    if places is None or any(where[name] is not weight for where, name, weight in places):
+    if places is None or any(layer._parameters[name] is not weight for layer, name, weight in places):
         places = _known[model] = _places(model, x.device)
+    places = [place for place in places if not are_hooked(place[0])]
     return _replaced(places, torch.get_autocast_dtype(x.device.type)) if places else nullcontext()
 
 
@@ -53,7 +55,7 @@ def _distributed() -> bool:
 
 def _places(model: nn.Module, device: torch.device) -> list[_Place]:
     found = [
-        (layer._parameters, name, weight)
+        (layer, name, weight)
         for layer in model.modules()
         # The kernels of depthwise convolutions read float32.
         if isinstance(layer, _LAYERS) and not (isinstance(layer, DepthwiseConv) and layer.has_kernels())
@@ -70,13 +72,13 @@ def _places(model: nn.Module, device: torch.device) -> list[_Place]:
 def _replaced(places: list[_Place], dtype: torch.dtype) -> Iterator[None]:
     weights = [weight for _, _, weight in places]
     casts = _Cast.apply(dtype, *weights) if torch.is_grad_enabled() else _as_dtype(weights, dtype)
-    for (where, name, _), cast in zip(places, casts, strict=True):
-        where[name] = cast
+    for (layer, name, _), cast in zip(places, casts, strict=True):
+        layer._parameters[name] = cast
     try:
         yield
     finally:
-        for where, name, weight in places:
-            where[name] = weight
+        for layer, name, weight in places:
+            layer._parameters[name] = weight
 
 
 def _as_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -92,7 +94,11 @@ class _Cast(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.dtype = weights[0].dtype
-        return _as_dtype(weights, dtype)
+        casts = _as_dtype(weights, dtype)
+        # What is frozen stays so: nothing is kept for layers that only lead to frozen ones.
+        wanted = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(cast for cast, graded in zip(casts, wanted, strict=True) if not graded))
+        return casts
 
     @staticmethod
     @once_differentiable
@@ -102,7 +108,7 @@ class _Cast(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(grads)
         together: dict[int, Tensor] = {}
         for i, grad in enumerate(grads):
-            if grad is None or not ctx.needs_input_grad[i + 1]:
+            if grad is None:
                 continue
             if grad.is_contiguous():
                 together[i] = grad

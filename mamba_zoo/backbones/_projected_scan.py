@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ..kernels._op import watched
+from ..kernels._op import differentiable_once, watched
 from ..kernels.selective_scan import scan_gradients, scan_keeping
 from ._block import are_hooked, linear_dtype
 from ._recompute import worth_making_again
@@ -101,7 +100,7 @@ class _ProjectedScan(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         # Autocast may be on here or not, whatever it was in the forward pass.
         with torch._C._DisableAutocast():  # pyright: ignore[reportAttributeAccessIssue]

@@ -50,7 +50,7 @@ class _Recipe:
 
     def __init__(self, x: Tensor, make: Callable[..., Tensor], inputs: tuple[Tensor, ...], outer: _Recipe | None):
         self.make, self.outer = make, outer
-        self.inputs = tuple(tensor.detach() for tensor in inputs)
+        self.inputs = tuple(_Kept(tensor.detach()) for tensor in inputs)
         self.address, self.dtype, self.shape, self.strides = x.data_ptr(), x.dtype, x.shape, x.stride()
         self.plain, self.count, self.kind = x.is_contiguous(), x.numel(), x.device.type
         self.autocast = {
@@ -59,7 +59,7 @@ class _Recipe:
         self.uses = self.due = 0
         self.made: Tensor | None = None
 
-    def __call__(self, tensor: Tensor) -> Any:
+    def __call__(self, tensor: Tensor) -> tuple[_Recipe, torch.Size] | _Kept:
         if tensor.data_ptr() == self.address and tensor.dtype == self.dtype:
             same = tensor.shape == self.shape and tensor.stride() == self.strides
             # Linear layers flatten what they keep.
@@ -69,14 +69,14 @@ class _Recipe:
         if self.outer is not None:
             return self.outer(tensor)
         # A result that its own node keeps would hold that node, and both would stay if no backward pass came.
-        return tensor if tensor.is_leaf else tensor.detach()
+        return _Kept(tensor if tensor.is_leaf else tensor.detach())
 
     def again(self) -> Tensor:
         """The tensor, held until all who would have kept it have asked for it."""
         made = self.made
         if made is None:
             with torch.no_grad(), torch.autocast(self.kind, cache_enabled=False, **self.autocast):
-                made = self.made = self.make(*self.inputs)
+                made = self.made = self.make(*(kept.unchanged() for kept in self.inputs))
             self.due = self.uses
         self.due -= 1
         if self.due <= 0:
@@ -84,9 +84,26 @@ class _Recipe:
         return made
 
 
-def _unpack(kept: Tensor | tuple[_Recipe, torch.Size]) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
+class _Kept:
+    """A tensor, and how often it had been written to: torch does not look where hooks decide what is kept."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.version = tensor, tensor._version
+
+    def unchanged(self) -> Tensor:
+        """It, unless it has been written to since."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that the backward pass needs has been modified by an "
+                f"inplace operation: it is at version {self.tensor._version}, expected {self.version}; change it after "
+                "the backward pass"
+            )
+        return self.tensor
+
+
+def _unpack(kept: _Kept | tuple[_Recipe, torch.Size]) -> Tensor:
+    if isinstance(kept, _Kept):
+        return kept.unchanged()
     recipe, shape = kept
     made = recipe.again()
     return made if made.shape == shape else made.view(shape)

@@ -8,11 +8,14 @@ the same kernel and gradient are called without the dispatcher: with empty kerne
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("mamba_zoo", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -23,8 +26,9 @@ class Op:
 
     Args:
         name: Of the op.
-        kernel: Computes it on any device; its annotations are the schema. Of several outputs it may leave out, as None,
-            those that were not asked for; the registered op returns an empty float32 tensor in their place.
+        kernel: Computes it on any device; its annotations are the schema. Its last argument is the backend, and one
+            named `save` whether to keep what the gradient needs. Of several outputs it may leave out, as None, those
+            that were not asked for; the registered op returns an empty float32 tensor in their place.
         fake: The same with shapes, dtypes and devices only.
     """
 
@@ -45,7 +49,7 @@ class Op:
         return self._differentiable(*inputs)
 
     def set_gradient(self, save: Callable, gradient: Callable) -> None:
-        """Register the gradient.
+        """Register the gradient; the backend "reference" computes it of operations that torch differentiates again.
 
         Args:
             save: `(ctx, inputs, outputs)`, keeps what the gradient needs.
@@ -60,7 +64,8 @@ class Op:
         function: Any = _recorded(self.kernel, save, gradient)
         record = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
         self._differentiable = _differentiable(self.kernel, record)
-        _LIBRARY.impl(self.name, _differentiable(below, _recorded(below, save, gradient).apply), "Autograd")
+        recorded = _saving(self.kernel, _recorded(below, save, gradient).apply)
+        _LIBRARY.impl(self.name, _differentiable(below, recorded), "Autograd")
 
 
 def _filled(kernel: Callable) -> Callable:
@@ -77,19 +82,33 @@ def _filled(kernel: Callable) -> Callable:
 
 def _recorded(run: Callable, save: Callable, gradient: Callable) -> type[torch.autograd.Function]:
     """`run` with its gradient."""
+    once = differentiable_once(gradient)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             outputs = run(*inputs)
             save(ctx, inputs, outputs)
+            ctx.gradient = gradient if inputs[-1] == "reference" else once
             return outputs
 
         @staticmethod
         def backward(ctx, *grads):
-            return gradient(ctx, *grads)
+            return ctx.gradient(ctx, *grads)
 
     return Differentiable
+
+
+def _saving(kernel: Callable, record: Callable) -> Callable:
+    """`record`, which keeps what the gradient needs whatever the call says.
+
+    A program that was exported without gradients says for ever that none will be wanted.
+    """
+    names = [*inspect.signature(kernel).parameters]
+    if "save" not in names:
+        return record
+    place = names.index("save")
+    return lambda *inputs: record(*inputs[:place], True, *inputs[place + 1 :])
 
 
 def _differentiable(run: Callable, record: Callable) -> Callable:
@@ -101,6 +120,23 @@ def _differentiable(run: Callable, record: Callable) -> Callable:
         return run(*inputs)
 
     return call
+
+
+def differentiable_once(gradient: Callable) -> Callable:
+    """The `backward` of an `autograd.Function` whose results must not be differentiated again: trying is an error.
+
+    As torch's `once_differentiable`, which takes a gradient for a constant if what came from above is one, whatever it
+    was computed of besides.
+    """
+    once = once_differentiable(lambda ctx, _, *grads: gradient(ctx, *grads))
+
+    @functools.wraps(gradient)
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            return once(ctx, torch.ones((), requires_grad=True), *grads)
+        return gradient(ctx, *grads)
+
+    return backward
 
 
 def watched(inputs: tuple) -> bool:

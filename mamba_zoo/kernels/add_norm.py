@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._arguments import asked_for, check_floating, check_tensors, contiguous
 from ._backend import choose, gpu_backend, implementation
-from ._op import watched
+from ._op import differentiable_once, watched
 
 KINDS = ("layer", "rms")
 
@@ -99,7 +98,7 @@ class _AddNorm(torch.autograd.Function):
         return y if branch is None else (stream, y)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         stream, scale, weight, statistics = ctx.saved_tensors
         _, branch_dtype, _ = ctx.dtypes

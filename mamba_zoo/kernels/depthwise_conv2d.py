@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._arguments import asked_for, autocast, check_floating, check_tensors, contiguous, with_unit_stride
 from ._backend import choose, gpu_backend, implementation
-from ._op import watched
+from ._op import differentiable_once, watched
 
 ACTIVATIONS = (None, "silu")
 _MOST_TAPS = 9  # whose gradients a thread holds in registers
@@ -86,7 +85,7 @@ class _DepthwiseConv(torch.autograd.Function):
         return kernels.forward(x, weight, bias, silu)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias = ctx.saved_tensors
         _, x_wanted, *weights_wanted, _ = ctx.needs_input_grad

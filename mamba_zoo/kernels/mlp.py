@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._arguments import DTYPES, as_dtype, check_floating, check_tensors, contiguous
 from ._backend import choose, gpu_backend, implementation, serves
-from ._op import watched
+from ._op import differentiable_once, watched
 
 _Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
@@ -102,7 +101,7 @@ class _Mlp(torch.autograd.Function):
         return F.linear(F.gelu(h), weight2, bias2)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         # Autocast may be on here or not, whatever it was in the forward pass.
         with torch._C._DisableAutocast():  # pyright: ignore[reportAttributeAccessIssue]

@@ -43,11 +43,39 @@ def test_equals_autocast(name, monkeypatch):
 @pytest.mark.parametrize("on", [False, True])
 def test_layers_see_the_dtype_of_autocast(on):
     model, seen = build("vmamba_mini").eval(), []
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    layers[0].register_forward_hook(lambda layer, *_: seen.append(layer.weight.dtype))
+    layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    forward = layer.forward
+    layer.forward = lambda x: (seen.append(layer.weight.dtype), forward(x))[1]  # type: ignore[method-assign]
     with autocast(on), torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
     assert seen == [torch.bfloat16 if on else torch.float32]
+
+
+def test_hooks_meet_the_parameters_themselves():
+    """Such as a limit on the norm of weights, set before every call."""
+    model = build("vmamba_mini").eval()
+    layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
+
+    def limit(layer: nn.Module, _: Any) -> None:
+        layer.get_parameter("weight").data.clamp_(-(2**-10), 2**-10)
+
+    layer.register_forward_pre_hook(limit)
+    with autocast(), torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert float(layer.weight.detach().abs().max()) <= 2**-10
+
+
+@pytest.mark.parametrize("name", ["vmamba_mini", "vim_mini"])
+def test_what_is_frozen_keeps_nothing(name):
+    """Features of a frozen backbone lead to nothing that has a gradient; those after a trained block do."""
+    model, x = build(name), torch.randn(2, 3, 64, 64)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    with autocast():
+        assert not model.forward_features(x).requires_grad
+        assert model(x).requires_grad
+    found = gradients(model, x)
+    assert found.keys() == {"y"} | {f"head.{key}" for key, _ in model.head.named_parameters()}
 
 
 def test_weights_are_back_after_an_error():

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import mamba_zoo
 from mamba_zoo.backbones import _recompute
-from mamba_zoo.backbones._block import MapBlock
+from mamba_zoo.backbones._block import LeanMlp, MapBlock
 from mamba_zoo.backbones._mixer import SS2D
 from mamba_zoo.backbones._recompute import recomputed
 
@@ -183,3 +183,30 @@ def test_captured_models_have_the_same_gradients():
     x = torch.randn(4, 3, 32, 32, device="cuda")
     for a, b in zip(gradients(model, x, mamba_zoo.capture(model)), gradients(model, x), strict=True):
         assert float((a - b).norm() / b.norm().clamp(min=1e-12)) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["fc1.weight", "fc2.weight", "fc2.bias"])
+def test_weights_changed_too_early_are_noticed(name):
+    """As torch notices them where nothing is computed again: `fc2.bias` alone is not needed."""
+    layer = LeanMlp(4, 8)
+    y = layer(torch.randn(2, 3, 4, requires_grad=True))
+    with torch.no_grad():
+        layer.get_parameter(name).mul_(2)
+    if name == "fc2.bias":
+        y.sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_inputs_changed_too_early_are_noticed():
+    """What is computed again from them would be another tensor."""
+    x = torch.randn(5, requires_grad=True)
+    w = x * 2
+    y = w.exp()
+    with recomputed(y, torch.exp, w):
+        z = y.square().sum()
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()

@@ -111,6 +111,43 @@ def test_wrong_kinds_of_arguments_are_named(op):
         run(**whole)
 
 
+class Sum(torch.nn.Module):
+    """An op as a model."""
+
+    def __init__(self, op: str, problem: dict[str, Any]):
+        super().__init__()
+        self.op, self.problem = op, problem
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = next(iter(self.problem))
+        return getattr(kernels, self.op)(**{**self.problem, tokens: x}).sum()
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "ssd"])
+def test_a_program_exported_without_gradients_has_the_same_gradient(op):
+    problem = problem_of(op)
+    model, x = Sum(op, problem), next(iter(problem.values()))
+    with torch.no_grad():
+        program: Any = torch.export.export(model, (x,)).module()
+    (wanted,) = torch.autograd.grad(model(x.requires_grad_()), x)
+    (found,) = torch.autograd.grad(program(x), x)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "ssd"])
+def test_a_second_derivative_is_right_or_an_error(op):
+    """Never a gradient that leaves the op out, as a penalty on gradients would have it beside other layers."""
+    problem = problem_of(op)
+    model, x = Sum(op, problem), next(iter(problem.values())).requires_grad_()
+    (dx,) = torch.autograd.grad(model(x.sin()) + x.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+    problem = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in problem.items()}
+    model, x = Sum(op, problem), x.detach().double().requires_grad_()
+    with kernels.use("reference"):
+        assert torch.autograd.gradgradcheck(lambda x: model(x.sin()), (x,))
+
+
 def test_parameters_and_results_are_floating_point():
     problem = problem_of("selective_scan")
     with pytest.raises(TypeError, match=r"A must be of a floating-point dtype, not torch\.complex64"):
