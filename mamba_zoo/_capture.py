@@ -91,16 +91,23 @@ class Captured(nn.Module):
 
 
 class _Recording:
-    """A recorded call, and where the weights were that it reads."""
+    """A recorded call, and the state of the model that it is a call of."""
 
     def __init__(self, model: nn.Module, replay: Callable[..., Any]):
         self.replay = replay
-        self._weights = [*model.parameters(), *model.buffers()]
-        self._places = [x.data_ptr() for x in self._weights]
+        self._weights, self._parts = [*model.parameters(), *model.buffers()], list(model.modules())
+        self._before = self._state()
 
     def is_stale(self) -> bool:
-        """Whether weights have moved, as `model.to` moves them."""
-        return any(x.data_ptr() != place for x, place in zip(self._weights, self._places, strict=True))
+        """Whether weights have moved, as `model.to` moves them, or been frozen or thawed, or a part has another mode."""
+        return self._state() != self._before
+
+    def _state(self) -> tuple:
+        return (
+            [(x.data_ptr(), x.requires_grad) for x in self._weights],
+            [part.training for part in self._parts],
+            torch.are_deterministic_algorithms_enabled(),
+        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import mamba_zoo
+from mamba_zoo._capture import _Recording
 
 from .conftest import ON_A_GPU
 
@@ -32,6 +33,31 @@ def test_on_a_cpu_the_model_is_called():
 def test_needs_room_for_a_graph():
     with pytest.raises(ValueError, match="most=0 must be at least 1"):
         mamba_zoo.capture(nn.Identity(), most=0)
+
+
+@pytest.mark.parametrize("name", ["vmamba_mini", "vim_mini"])
+def test_what_a_recording_is_of(name):
+    """Progressive unfreezing, parts in another mode, weights elsewhere: an old graph would miss them without a word."""
+    model: Any = mamba_zoo.create_model(name, num_classes=5)
+    model.stages[0].requires_grad_(False) if name == "vmamba_mini" else model.patch_embed.requires_grad_(False)
+    recording = _Recording(model, lambda: None)
+    assert not recording.is_stale()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    assert not recording.is_stale()
+    for change in (
+        lambda: model.requires_grad_(True),
+        lambda: next(model.children()).eval(),
+        lambda: model.double(),
+        lambda: torch.use_deterministic_algorithms(True),
+    ):
+        recording = _Recording(model, lambda: None)
+        change()
+        try:
+            assert recording.is_stale()
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 class _Wide(nn.Module):

@@ -181,6 +181,16 @@ def test_groups(check, h, g):
     check(h=h, g=g, l=40, b=1)
 
 
+@pytest.mark.parametrize("l", [30, 300])
+def test_no_samples(backend, l):
+    """In one segment of chunks, and in what would be several."""
+    name, device = backend
+    problem = make_problem(b=0, l=l, k=1, h=4, p=16, n=16, device=device)
+    found, _ = solve(problem, backend=name)
+    assert found["y"].shape == (0, l, 1, 4, 16)
+    assert not found["gradient of A"].any()
+
+
 @pytest.mark.parametrize("reduce", [None, "sum", "mean"])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_directions_and_reductions(check, k, reduce):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,7 @@ class Launch:
 
     def __init__(self, kernel: Any, programs: int, numbers: tuple[int, ...], constants: dict[str, Any]) -> None:
         self.kernel, self.programs, self.numbers, self.constants = kernel, programs, numbers, constants
+        self.is_new = programs > 0  # and has not run on a GPU yet
         self._found: Plans[_Handle] = Plans()
 
     def __call__(self, like: Tensor, *tensors: Tensor | None) -> None:
@@ -77,16 +79,17 @@ class Launch:
             with torch.cuda.device(like.device):
                 self._queue(like.get_device(), tensors)
 
-    @property
-    def is_new(self) -> bool:
-        """Whether it has a kernel to run and has not run on a GPU yet."""
-        return self.programs > 0 and not self._found
+    def form(self, device: int, tensors: tuple[Tensor | None, ...]) -> tuple:
+        """What Triton compiles apart, or more than that."""
+        kinds = (None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors)
+        return (id(self.kernel), device, *kinds, *self.constants.items())
 
-    def compiled(self, *tensors: Tensor | None) -> Any:
+    def compiled(self, tensors: tuple[Tensor | None, ...]) -> Any:
         """Triton's kernel for `tensors`, or where it compiles asynchronously, its future."""
         return self.kernel.warmup(*tensors, *self.numbers, grid=(self.programs,), **self.constants)
 
     def _queue(self, device: int, tensors: tuple[Tensor | None, ...]) -> None:
+        self.is_new = False
         key: list[Any] = [device]
         values: list[Any] = []
         for x in tensors:
@@ -107,6 +110,7 @@ class Launch:
 
 
 Given = tuple[Launch, tuple[Tensor | None, ...]]  # and its tensors
+_compiled: set[tuple] = set()  # forms
 
 
 def in_turn(like: Tensor, *launches: Given) -> None:
@@ -114,11 +118,16 @@ def in_turn(like: Tensor, *launches: Given) -> None:
 
     What Triton has to compile for them it compiles side by side, so that a first call waits for the slowest only.
     """
-    if like.is_cuda and hasattr(_triton(), "AsyncCompileMode"):
-        new = [(launch, tensors) for launch, tensors in launches if launch.is_new]
-        if len(new) > 1 and not torch.cuda.is_current_stream_capturing():  # other threads would spoil what is recorded
-            with torch.cuda.device(like.device):
-                _compile_together(like.get_device(), new)
+    if like.is_cuda and any(launch.is_new for launch, _ in launches):
+        device = like.get_device()
+        forms = {launch.form(device, tensors): (launch, tensors) for launch, tensors in launches if launch.programs}
+        new = [given for form, given in forms.items() if form not in _compiled]
+        # While a graph is recorded, other threads would spoil it.
+        if len(new) > 1 and hasattr(_triton(), "AsyncCompileMode") and not torch.cuda.is_current_stream_capturing():
+            with torch.cuda.device(device):
+                # In a context of its own: Triton leaves its mode set if a compilation fails.
+                contextvars.Context().run(_compile_together, device, new)
+        _compiled.update(forms)
     for launch, tensors in launches:
         launch(like, *tensors)
 
@@ -128,7 +137,7 @@ def _compile_together(device: int, launches: list[Given]) -> None:
     triton = _triton()
     with ThreadPoolExecutor() as threads:
         with triton.AsyncCompileMode(threads):
-            found = [launch.compiled(*tensors) for launch, tensors in launches]
+            found = [launch.compiled(tensors) for launch, tensors in launches]
         kernels = [kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel for kernel in found]
         different = {id(kernel): kernel for kernel in kernels if kernel is not None}  # none is loaded twice at once
         list(threads.map(partial(_load, device), different.values()))

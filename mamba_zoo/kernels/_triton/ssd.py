@@ -50,7 +50,7 @@ class Shape:
 # on an H100, float32 tiles of 16 states were wrong or failed with eight warps and right with four.
 # What the compiler says for sm_90 (triton 3.6; 128 states, 64 channels a head): registers of a lane, bytes that it
 # spills, shared memory; bfloat16: 255, 304, 91 kB; 97, 0, 82 kB; 255, 280, 92 kB; 228, 0, 140 kB. What HEADS spills
-# costs less than it gains by fetching the next head meanwhile: 919 to 846 us on an H200 at 65,536 tokens.
+# costs less than it gains by fetching the next head meanwhile: 919 to 829 us on an H200 at 65,536 tokens.
 FORWARD, STATES, HEADS, MAPS = Shape(4, 2), Shape(8, 3), Shape(4, 2), Shape(8, 3)
 _SHARED = 144 * 1024  # bytes that MAPS needs at most; GPUs with less (8.6, 8.9, 12.0) get a stage less
 # Float32 operands take twice the room; float16 tokens: 255, 64, 66 kB; 128, 0, 37 kB; 255, 1616, 66 kB; 255, 408,
@@ -235,7 +235,7 @@ class _Plan:
         of_dy = _strides(dy, width)
         self.ahead = Launch(ssd_states, programs, (*sizes, *of_dy, *of_C), {"REVERSE": True, **made("states")})
         groups = b * chunks * k * g
-        per_part = -(-h // g // max(1, min(h // g, _PROGRAMS // groups)))
+        per_part = -(-h // g // max(1, min(h // g, _PROGRAMS // max(1, groups))))
         self.parts = -(-h // g // per_part)
         sizes = (m, k, h, h // g, chunks, rows, *in_order, l, g, per_part, self.parts)
         strides = (*of_x, *of_dy, *of_B, *of_C)
@@ -268,7 +268,7 @@ def _segments(s: SsdArgs) -> tuple[int, int]:
     """Segments that a direction is cut into, and chunks of each."""
     chunks = -(-s.m // (s.chunk or _STEPS))
     streams = s.rows * s.k * s.h * -(-s.p // launch_shape("forward", s.n, s.p, s.x.dtype)[1])
-    if s.offsets is not None or 2 * streams > _PROGRAMS or chunks < 2:
+    if s.offsets is not None or not 0 < 2 * streams <= _PROGRAMS or chunks < 2:
         return 1, chunks
     per_segment = -(-chunks // min(_SEGMENTS, _PROGRAMS // streams, chunks))
     return -(-chunks // per_segment), per_segment
