@@ -73,7 +73,7 @@ def _replaced(places: list[_Place], dtype: torch.dtype) -> Iterator[None]:
     weights = [weight for _, _, weight in places]
     casts = _Cast.apply(dtype, *weights) if torch.is_grad_enabled() else _as_dtype(weights, dtype)
     for (layer, name, _), cast in zip(places, casts, strict=True):
-        layer._parameters[name] = cast
+        layer._parameters[name] = cast  # pyright: ignore[reportArgumentType] (no parameter, for a while)
     try:
         yield
     finally:
