@@ -99,7 +99,7 @@ class _Recording:
         self._before = self._state()
 
     def is_stale(self) -> bool:
-        """Whether weights have moved, as `model.to` moves them, or were frozen or thawed, or a part has another mode."""
+        """Whether weights have moved (`model.to`), were frozen or thawed, or parts or torch are in another mode."""
         return self._state() != self._before
 
     def _state(self) -> tuple:
