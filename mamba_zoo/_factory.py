@@ -42,7 +42,8 @@ def create_model(
         name: As in `list_models()`, or any model of timm.
         checkpoint_path: File of published or own weights: `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors`, as the
             authors published it. Every weight is used and none is missing; only a classifier of another size (when
-            `num_classes` is given) keeps its initialisation. Works with `features_only=True` as well.
+            `num_classes` is given) keeps its initialisation. Works with `features_only=True` as well. None and "" are
+            no file.
         pretrained: Load the published file from its published address.
         kwargs: Arguments of the model, such as `num_classes`, `in_chans`, `scan`, `drop_path_rate`, `device`, and of
             timm's builder, such as `features_only` and `out_indices`. None stands for the default.
@@ -71,7 +72,7 @@ def create_model(
         raise ValueError(f"no model named {name!r}; {hint}")
     if "out_indices" in kwargs and not kwargs.get("features_only"):
         raise TypeError("out_indices= needs features_only=True")
-    if checkpoint_path is None:
+    if not checkpoint_path:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     if pretrained:
         raise ValueError("give either checkpoint_path= or pretrained=True; both name the weights")

@@ -10,6 +10,19 @@ import torch
 
 import mamba_zoo
 from mamba_zoo import _factory
+from mamba_zoo.backbones import _checkpoint
+
+# Of each kind, and one of every family that has no mini model.
+SMALL = sorted(
+    {
+        *mamba_zoo.list_models("*mini*"),
+        *mamba_zoo.list_models(modality="graph"),
+        *mamba_zoo.list_models(modality="points"),
+        *mamba_zoo.list_models(modality="sequence"),
+        *mamba_zoo.list_models(modality="series"),
+        *mamba_zoo.list_models("*tiny"),
+    }
+)
 
 
 def test_examples_in_the_docstrings():
@@ -70,6 +83,30 @@ def test_other_mistakes_are_named():
         mamba_zoo.create_model("vmamba_tiny", scan="hilbrt", device="meta")
     with pytest.raises(ValueError, match="no address is known from which the weights of vmamba_mini"):
         mamba_zoo.create_model("vmamba_mini", pretrained=True)
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_an_empty_path_is_no_checkpoint(nothing, monkeypatch):
+    def unreachable(name, *_):
+        raise ConnectionError(f"no network for {name}")
+
+    monkeypatch.setattr(_checkpoint, "published_file", unreachable)
+    for name in ("vim_tiny", "resnet10t"):
+        mamba_zoo.create_model(name, checkpoint_path=nothing, device="meta")
+    with pytest.raises(ConnectionError, match="no network for vim_tiny"):
+        mamba_zoo.create_model("vim_tiny", checkpoint_path=nothing, pretrained=True, device="meta")
+
+
+def test_an_empty_file_is_not_taken_for_the_published_one():
+    with pytest.raises(ValueError, match='file="" in the configuration of vim_tiny is no file'):
+        timm.create_model("vim_tiny", pretrained=True, pretrained_cfg_overlay={"file": ""})
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_kind_of_model_is_made_under_a_default_device(name):
+    with torch.device("meta"):
+        model = mamba_zoo.create_model(name)
+    assert all(value.is_meta for value in (*model.parameters(), *model.buffers()))
 
 
 def test_none_stands_for_the_default():

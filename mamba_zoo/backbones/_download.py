@@ -28,9 +28,13 @@ def published_file(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[s
         cache_dir: Folder for downloads; timm's cache if None.
 
     Raises:
-        ValueError: no address is known.
+        ValueError: no address is known, or `file` is an empty path.
         ConnectionError: the address cannot be reached, or the download ended early.
     """
+    if cfg.file == "":
+        raise ValueError(
+            f'file="" in the configuration of {name} is no file; leave it out to load the published weights'
+        )
     if cfg.file:
         return _chosen(Path(cfg.file)) if cfg.source == "local-dir" else Path(cfg.file)
     if cfg.hf_hub_id:
