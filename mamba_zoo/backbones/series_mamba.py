@@ -79,7 +79,7 @@ class SeriesMamba(SeriesModel):
         super().__init__(in_chans, seq_len, pred_len, num_classes, dim, use_norm=use_norm, drop_rate=drop_rate, **dd)
         self.scan, k, ssm = series_scan(scan, "bidirectional", seq_len)
         self.embed = nn.Linear(in_chans, dim, **dd)
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             AddNormBlock(dim, Mamba(dim, d_state, d_conv, expand, k=k, reduce="mean", ssm=ssm, **dd), rate, **dd)
             for rate in rates

@@ -141,4 +141,5 @@ def with_option(spec: str, option: str) -> str:
 
 def directions(spec: str) -> int:
     """Directions of a spec from `cloud_spec`."""
-    return cloud_order(spec, torch.linspace(0, 1, 48).view(1, 16, 3)).shape[1]
+    with torch.device("cpu"):  # whatever default device a model is built under: some orders read values
+        return cloud_order(spec, torch.linspace(0, 1, 48).view(1, 16, 3)).shape[1]
