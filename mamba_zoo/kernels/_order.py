@@ -10,8 +10,9 @@ from torch import Tensor
 
 _LONGEST_KEPT = 2**20  # tokens
 # id of an order tensor -> the tensor and {(device, l): (version, int32 table, every token visited?)}. Reading the
-# values of a table on a GPU waits for the device, so each tensor is read once, not once a layer. (Torch's dictionary of
-# weak keys takes twice as long to look in.)
+# values of a table on a GPU waits for the device, so each tensor is read once, not once a layer. The table is a copy:
+# a write that leaves no trace, through NumPy or in inference mode, must not reach a kernel unread. (Torch's dictionary
+# of weak keys takes twice as long to look in.)
 _checked: dict[int, tuple[weakref.ref[Tensor], dict]] = {}
 
 
@@ -47,8 +48,9 @@ def prepare_order(order: Tensor | None, b: int, l: int, k: int, device: torch.de
         if _capturing(device):
             return _unchecked(order, device), False
         complete = _check_values(order, l)
-        entry = (_version(order), _unchecked(order.detach(), device), complete)
-        known[device, l] = entry
+        entry = known[device, l] = (_version(order), _copied(order, device), complete)
+    elif order.dtype == torch.int32 and order.device == device and _capturing(device):
+        return _unchecked(order, device), entry[2]  # a graph reads its inputs where they lie, at every replay
     return entry[1], entry[2]
 
 
@@ -84,7 +86,7 @@ def trust_order(order: Tensor, l: int) -> None:
     if order.is_meta or _is_fake(order):
         return
     known = _known(order)
-    known[order.device, l] = (_version(order), _unchecked(order.detach(), order.device), True)
+    known[order.device, l] = (_version(order), _copied(order, order.device), True)
 
 
 def _known(order: Tensor) -> dict:
@@ -97,8 +99,14 @@ def _known(order: Tensor) -> dict:
 
 
 def _version(order: Tensor) -> int:
-    """How often the table was written to; tables made in inference mode do not count it, and are not expected to be."""
+    """How often the table was written to, as far as autograd knows; tables made in inference mode do not count it."""
     return -1 if order.is_inference() else order._version
+
+
+def _copied(order: Tensor, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a tensor of inference mode could not be saved for a gradient later
+        table = order.detach().to(device, torch.int32, copy=True, memory_format=torch.contiguous_format)
+    return table if table.dim() == 3 else table[None]
 
 
 def _unchecked(order: Tensor, device: torch.device) -> Tensor:

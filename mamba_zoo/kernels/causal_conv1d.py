@@ -74,6 +74,8 @@ def causal_conv1d(
         order: `(k, m)` or per sample `(b, k, m)` token indices. -1 is an empty step: it passes through the taps as a
             zero token, and nothing is written. Tokens that a direction never visits are zero in its output. None
             visits tokens 0..l-1 in every direction.
+            The values are read at the first use: later writes that autograd does not count (in inference mode, through
+            NumPy) are not seen, so give a new table instead.
         activation: None or "silu".
         initial_state: The w - 1 tokens before the first step, oldest first: `(b, k, d, w - 1)`, or
             `(s, k, d, w - 1)` for `s` packed sequences. None is zero.

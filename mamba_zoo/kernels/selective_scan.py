@@ -63,6 +63,8 @@ def selective_scan(
         order: `(k, m)` or per sample `(b, k, m)` token indices. -1 is an empty step: the state decays as for a zero
             token and nothing is written. Tokens that a direction never visits are zero in its output. None visits
             tokens 0..l-1 in every direction.
+            The values are read at the first use: later writes that autograd does not count (in inference mode, through
+            NumPy) are not seen, so give a new table instead.
         dt_bias: `(k, d)`, added to `dt` before softplus.
         dt_softplus: Whether step sizes pass through softplus.
         reduce: None returns every direction; "sum" or "mean" reduces over them, in float32.

@@ -66,6 +66,8 @@ def ssd(
         order: `(k, m)` or per sample `(b, k, m)` token indices. -1 is an empty step: the state decays as for a zero
             token and nothing is written. Tokens that a direction never visits are zero in its output. None visits
             tokens 0..l-1 in every direction.
+            The values are read at the first use: later writes that autograd does not count (in inference mode, through
+            NumPy) are not seen, so give a new table instead.
         dt_bias: `(k, h)`, added to `dt` before softplus.
         dt_softplus: Whether step sizes pass through softplus.
         initial_state: `(b, k, h, p, n)`, or `(s, k, h, p, n)` for `s` packed sequences. None is zero.

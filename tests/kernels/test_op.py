@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from mamba_zoo import kernels
 from mamba_zoo.kernels import _triton, causal_conv1d, refusals, selective_scan
+from mamba_zoo.kernels._order import trust_order
 from mamba_zoo.kernels.add_norm import add_norm
 
 from .problems import make_problem, solve
@@ -64,6 +65,64 @@ def test_a_table_may_take_the_place_of_one_that_is_gone():
     problem["order"] = torch.tensor([[0, 1, 2, 3, 4, 9]])
     with pytest.raises(ValueError, match="order holds 9"):
         selective_scan(**problem, backend="reference")
+
+
+@pytest.mark.parametrize("way", ["inference", "numpy", "trusted"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_table_that_is_written_to_unseen_reaches_no_kernel(dtype, way):
+    """A write that autograd does not count is not checked either, so an index out of range must stay where it is."""
+    problem = make_problem(b=1, l=8, k=1, d=2, n=1, order=None)
+    with torch.inference_mode(way != "numpy"):
+        order = torch.arange(8, dtype=dtype)[None]
+        if way == "trusted":
+            trust_order(order, 8)
+        y = selective_scan(**{**problem, "order": order})
+        (order.numpy() if way == "numpy" else order)[0, 3] = 2
+        assert torch.equal(selective_scan(**{**problem, "order": order}), y)
+        with pytest.raises(ValueError, match="order visits token 2 twice"):
+            selective_scan(**{**problem, "order": order.clone()})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_table_that_is_written_to_is_read_again(dtype):
+    problem = make_problem(b=1, l=8, k=1, d=2, n=1, order=None)
+    order = torch.arange(8, dtype=dtype)[None]
+    selective_scan(**{**problem, "order": order})
+    order.copy_(order.flip(-1))
+    y = selective_scan(**{**problem, "order": order})
+    assert torch.equal(y, selective_scan(**{**problem, "order": torch.arange(8).flip(0)[None]}))
+    order[0, 0] = 8
+    with pytest.raises(ValueError, match="order holds 8"):
+        selective_scan(**{**problem, "order": order})
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_table_first_used_in_inference_mode_serves_training(inference):
+    problem = make_problem(b=1, l=8, k=1, d=2, n=1, order=None)
+    with torch.inference_mode(inference):
+        order = torch.randperm(8, dtype=torch.int32)[None]
+    with torch.inference_mode():
+        expected = selective_scan(**{**problem, "order": order})
+    u = problem.pop("u").requires_grad_()
+    y = selective_scan(u, **{**problem, "order": order})
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert u.grad is not None
+
+
+@pytest.mark.gpu
+def test_a_graph_follows_a_table_that_is_one_of_its_inputs():
+    if not torch.cuda.is_available():
+        pytest.skip("this machine has no CUDA device")
+    problem = make_problem(b=1, l=8, k=1, d=2, n=1, order=None, device="cuda")
+    order = problem["order"] = torch.arange(8, dtype=torch.int32, device="cuda")[None]
+    selective_scan(**problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        y = selective_scan(**problem)
+    order.copy_(order.flip(-1))
+    graph.replay()
+    assert torch.equal(y, selective_scan(**{**problem, "order": order.clone()}))
 
 
 @pytest.mark.gpu
