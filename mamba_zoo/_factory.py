@@ -21,6 +21,8 @@ from torch import nn
 
 from . import backbones
 from .backbones._register import Card, card, cards
+from .scans import as_spec
+from .scans._cloud import cloud_spec
 
 
 def register_all() -> None:
@@ -46,7 +48,8 @@ def create_model(
             no file.
         pretrained: Load the published file from its published address.
         kwargs: Arguments of the model, such as `num_classes`, `in_chans`, `scan`, `drop_path_rate`, `device`, and of
-            timm's builder, such as `features_only` and `out_indices`. None stands for the default.
+            timm's builder, such as `features_only` and `out_indices`. None stands for the default. A function as `scan`
+            is kept as the name that `scans.as_spec` gives it.
 
     Returns: The model in training mode, as from timm.
 
@@ -72,6 +75,7 @@ def create_model(
         raise ValueError(f"no model named {name!r}; {hint}")
     if "out_indices" in kwargs and not kwargs.get("features_only"):
         raise TypeError("out_indices= needs features_only=True")
+    kwargs = _with_names(kwargs, cards()[architecture].modality)
     if not checkpoint_path:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     if pretrained:
@@ -79,6 +83,14 @@ def create_model(
     # As a source of pretrained weights the file is loaded before features_only=True takes the model apart.
     overlay = {**(kwargs.pop("pretrained_cfg_overlay", None) or {}), "file": _text(checkpoint_path), "source": None}
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def _with_names(arguments: dict[str, Any], modality: str) -> dict[str, Any]:
+    """`arguments` with names in place of functions that order tokens: timm keeps them all with the model."""
+    name_of = cloud_spec if modality == "points" else as_spec
+    return {
+        key: name_of(value) if key.endswith("scan") and callable(value) else value for key, value in arguments.items()
+    }
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import pickle
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import mamba_zoo
 from mamba_zoo import _factory
 from mamba_zoo.backbones import _checkpoint
+from mamba_zoo.scans import build_scan
 
 # Of each kind, and one of every family that has no mini model.
 SMALL = sorted(
@@ -107,6 +109,23 @@ def test_every_kind_of_model_is_made_under_a_default_device(name):
     with torch.device("meta"):
         model = mamba_zoo.create_model(name)
     assert all(value.is_meta for value in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "order"),
+    [
+        ("vim_mini", "scan", lambda height, width: range(height * width)),
+        ("vmamba_mini", "scan", build_scan("hilbert", 8, 8)),
+        ("spmamba_mini", "freq_scan", lambda bins: range(bins)),
+        ("pointmamba_mini", "scan", lambda xyz: xyz[..., 0].argsort(-1)),
+        ("series_mamba", "scan", lambda steps: range(steps)),
+    ],
+)
+def test_a_model_with_an_order_of_ones_own_can_be_stored_whole(name, argument, order):
+    model: Any = mamba_zoo.create_model(name, **{argument: order})
+    again = pickle.loads(pickle.dumps(model))
+    assert getattr(again, argument) == getattr(model, argument)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 def test_none_stands_for_the_default():
