@@ -8,7 +8,7 @@ import fnmatch
 import importlib
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -87,7 +87,7 @@ def create_model(
 
 def _with_names(arguments: dict[str, Any], modality: str) -> dict[str, Any]:
     """`arguments` with names in place of functions that order tokens: timm keeps them all with the model."""
-    name_of = cloud_spec if modality == "points" else as_spec
+    name_of: Callable[[Any], str] = cloud_spec if modality == "points" else as_spec
     return {
         key: name_of(value) if key.endswith("scan") and callable(value) else value for key, value in arguments.items()
     }

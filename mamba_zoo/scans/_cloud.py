@@ -54,7 +54,7 @@ def cloud_spec(scan: PointScanLike) -> str:
 
     Args:
         scan: A spec such as "hilbert", "cts('xzy')" or "both_ways(hilbert)", or a function like those of
-            `register_point_order`, which gets a name of its own that only this process knows.
+            `register_point_order`, which gets a name like those of `as_spec`.
 
     Raises:
         ValueError: a spec that does not parse, or names an unknown scan or option.

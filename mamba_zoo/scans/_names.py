@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from ._fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Book:
         del self.named[name]
 
     def name_of(self, function: Callable[..., Any], entry: Callable[[], ScanEntry]) -> str:
-        """The name of a function: its own if it is registered, else one that only this process knows."""
+        """The name of a function: its own if it is registered, else one that stands for all that it computes."""
         for name, known in (*self.named.items(), *self.unnamed.items()):
             if known.function == function:
                 return name
-        name = f"_{identifier(getattr(function, '__name__', type(function).__name__))}_{next(_numbers)}"
-        self.unnamed[name] = entry()
+        name = f"_{identifier(getattr(function, '__name__', type(function).__name__))}_{fingerprint(function)}"
+        self.unnamed.setdefault(name, entry())
         return name
 
     def resolve(
@@ -135,7 +136,10 @@ class Book:
             f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(sorted(self.named))}"
         )
         if name.startswith("_"):
-            hint = "it stands for an object that this process never saw; give the object again, or register it"
+            hint = (
+                "it stands for an object that this process never saw, or saw with other code or values; "
+                "give the same object before, or register it under a name"
+            )
         return f"no {self.what} named {name!r}{f' in {spec!r}' if name != spec else ''}; {hint}"
 
     def _called(self, tree: ast.expr, spec: str) -> tuple[str, list[ast.expr], dict[str, Any]]:
@@ -147,9 +151,6 @@ class Book:
             f"scan={spec!r}: {ast.unparse(tree)!r} is no scan; use names, calls and literals, as in "
             f"{f'first({self.example}, k=1)'!r}"
         )
-
-
-_numbers = itertools.count(1)
 
 
 def parse(spec: str) -> ast.expr:

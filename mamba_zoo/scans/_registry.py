@@ -134,8 +134,11 @@ def as_spec(scan: ScanLike) -> str:
 
     Args:
         scan: A spec such as "hilbert", "window(2)" or "both_ways(transpose(hilbert))"; a `Scan`; or a function of the
-            grid size like those of `register_scan`. An object gets a name of its own, which another process knows
-            only after it has called `as_spec` with the same object: register scans that checkpoints shall mention.
+            grid size like those of `register_scan`. An object gets a name that is a digest of what it computes: a
+            table, or code, constants, defaults and the values that it refers to, where what comes from other packages
+            counts by name. Equal objects have one name. Another process knows it only after it has called `as_spec`
+            with an equal object; a function that refers to what cannot be compared, such as an open file, has a random
+            name that no other process knows. Register scans that checkpoints shall mention.
 
     Raises:
         ValueError: a spec that does not parse, or names an unknown scan or option.

@@ -1,5 +1,11 @@
 """Specs, user scans, and tables inside compiled, exported and fake code."""
 
+import copy
+import os
+import subprocess
+import sys
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -134,7 +140,7 @@ def test_function_as_scan():
     assert scan_order(spec, (2, 2), "cpu").tolist() == [[2, 3, 0, 1]]
     assert build_scan(upside_down, 2, 2).order.tolist() == [[2, 3, 0, 1]]
     assert build_scan(f"with_token({spec}, 0)", 2, 2).order.tolist() == [[0, 3, 4, 1, 2]]
-    assert as_spec(lambda n: range(n)) != as_spec(lambda n: range(n))
+    assert as_spec(lambda n: range(n)) != as_spec(lambda n: range(n)[::-1])
 
 
 def test_scan_object_as_scan():
@@ -158,6 +164,82 @@ def test_scan_object_with_a_class_token_keeps_it():
     scan = build_scan("with_token(cross)", 2, 2)
     assert torch.equal(build_scan(scan, 2, 2).order, scan.order)
     assert build_scan(scan, 2, 2).extra == (2,)
+
+
+ORDERS = """
+import functools, settings
+import numpy as np
+STEP = {step}
+def helper(n):
+    return {{*"{letters}"}} and np.roll(np.arange(n), STEP)
+def order(height, width):
+    return helper(height * width)
+def maker(step):
+    def order(height, width):
+        return [np.roll(np.arange(height * width), s)[0] for s in (step, settings.STEP)]
+    return order
+unlike = np.random.default_rng(0)
+def random(height, width):
+    return unlike.permutation(height * width)
+made, partial, cached = maker({step}), functools.partial(order, width=2), functools.lru_cache(order)
+"""
+NAMES = ("order", "made", "partial", "cached", "random")
+
+
+def names_of(folder, **values):
+    """The specs of the functions of a file in this process."""
+    found: dict[str, Any] = {"__name__": "orders"}
+    (folder / "settings.py").write_text(f"STEP = {values.pop('setting', 1)}")
+    sys.modules.pop("settings", None)
+    exec(ORDERS.format(**{"step": 1, "letters": "abcdefgh", **values}), found)
+    return {name: as_spec(found[name]) for name in NAMES}
+
+
+def test_a_function_has_one_name_in_every_process_and_another_code_has_another(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    here = names_of(tmp_path)
+    (tmp_path / "orders.py").write_text(ORDERS.format(step=1, letters="abcdefgh"))
+    names = f"*(as_spec(getattr(orders, name)) for name in {NAMES})"
+    code = f"import orders; from mamba_zoo.scans import as_spec; print({names})"
+    env = {**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    printed = subprocess.check_output([sys.executable, "-c", code], env=env, text=True).split()
+    there = dict(zip(NAMES, printed, strict=True))
+    assert here["random"] != there.pop("random")
+    assert {name: here[name] for name in there} == there
+    again = names_of(tmp_path)
+    assert again.pop("random") != here["random"]
+    assert again == {name: here[name] for name in again}
+    for change, names in (
+        ({"step": 2}, {"order", "made", "partial", "cached"}),
+        ({"setting": 2}, {"made"}),
+        ({"letters": "abcdefgx"}, {"order", "partial", "cached"}),
+    ):
+        other = names_of(tmp_path, **change)
+        assert {name for name in NAMES if other[name] != here[name]} == names | {"random"}
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (lambda n, step=1: range(n), lambda n, step=2: range(n)),
+        (lambda n, *, step=1: range(n), lambda n, *, step=2: range(n)),
+        (lambda n: np.arange(n), lambda n: np.zeros(n)),
+        (lambda n: np.arange(n) + 1, lambda n: np.arange(n) + 1.0),
+    ],
+)
+def test_functions_that_differ_have_different_names(one, two):
+    two.__qualname__ = one.__qualname__
+    assert as_spec(one) != as_spec(two)
+
+
+@pytest.mark.parametrize("table", [np.arange(4), torch.arange(4), torch.tensor(1.0), [0, 1, 2, 3], {"a": (1, None)}])
+def test_equal_values_make_equal_functions(table):
+    def make(value):
+        return lambda n: value
+
+    assert as_spec(make(table)) == as_spec(make(copy.deepcopy(table)))
+    assert as_spec(make(table)) != as_spec(make((table, 1)))
 
 
 def test_unknown_object_of_another_process():
