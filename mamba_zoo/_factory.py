@@ -8,7 +8,7 @@ import fnmatch
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -45,7 +45,9 @@ def create_model(
         checkpoint_path: File of published or own weights: `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors`, as the
             authors published it. Every weight is used and none is missing; only a classifier of another size (when
             `num_classes` is given) keeps its initialisation. Works with `features_only=True` as well. None and "" are
-            no file.
+            no file. Of plain and averaged weights in one file, those are taken that its scores belong to: the average
+            from a run of this package or of timm's scripts, as timm does, the plain ones from published files; which,
+            is logged at level INFO.
         pretrained: Load the published file from its published address.
         kwargs: Arguments of the model, such as `num_classes`, `in_chans`, `scan`, `drop_path_rate`, `device`, and of
             timm's builder, such as `features_only` and `out_indices`. None stands for the default. A function as `scan`
@@ -87,7 +89,7 @@ def create_model(
 
 def _with_names(arguments: dict[str, Any], modality: str) -> dict[str, Any]:
     """`arguments` with names in place of functions that order tokens: timm keeps them all with the model."""
-    name_of: Callable[[Any], str] = cloud_spec if modality == "points" else as_spec
+    name_of: Any = cloud_spec if modality == "points" else as_spec
     return {
         key: name_of(value) if key.endswith("scan") and callable(value) else value for key, value in arguments.items()
     }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ._checkpoint_file import read_checkpoint
 from ._download import published_file
 from ._exchange import exchange
-from ._identify import FilterFn, blueprint, filter_of, identify, published_cfg, renamed
+from ._identify import FilterFn, blueprint, filter_of, identify, published_cfg, renamed, zoo_models
 from ._match import Match, match, unwrap, variants
 
 __all__ = ["build_with_weights", "load_checkpoint", "read_checkpoint"]
@@ -43,6 +43,9 @@ def load_checkpoint(
 ) -> None:
     """Load a published or own checkpoint into `model`, whole or not at all.
 
+    Of a file with averaged weights beside the plain ones, those are taken that its scores belong to: the average from a
+    run of this package, or of timm's scripts with a registered model as `arch`; else the plain ones. The log says it.
+
     Args:
         model: A model of this package, on a real device. Weights are converted to its dtypes.
         path: File of `torch.save` or safetensors; see `read_checkpoint`.
@@ -57,11 +60,11 @@ def load_checkpoint(
     if cfg is None:
         cfg = published_cfg(model)
     try:
-        state = unwrap(read_checkpoint(path))
+        state, entry = unwrap(read_checkpoint(path), zoo_models())
     except ValueError as error:
         text = str(error)
         raise ValueError(text if os.fspath(path) in text else f"{path} cannot be loaded: {text}") from error
-    _load_state(model, state, os.fspath(path), filter_fn or filter_of(type(model).__module__), cfg, unused)
+    _load_state(model, state, os.fspath(path), filter_fn or filter_of(type(model).__module__), cfg, unused, entry)
 
 
 def build_with_weights(
@@ -116,7 +119,8 @@ def build_with_weights(
             rename = filter_fn or filter_of(model_cls.__module__)
             unused = () if taps is None else _unused_for_features(make, arguments, taps)
             if cfg.state_dict:
-                _load_state(model, unwrap(cfg.state_dict), "the given state_dict", rename, cfg, unused)
+                state, entry = unwrap(cfg.state_dict, zoo_models())
+                _load_state(model, state, "the given state_dict", rename, cfg, unused, entry)
             else:
                 load_checkpoint(model, published_file(variant, cfg, cache_dir), rename, cfg=cfg, unused=unused)
         return model
@@ -161,8 +165,9 @@ def _load_state(
     filter_fn: FilterFn,
     cfg: PretrainedCfg,
     unused: Collection[str],
+    entry: str,
 ) -> None:
-    """Check everything, then copy; the model changes only once nothing can fail any more."""
+    """Check everything, then copy; the model changes only once nothing can fail any more. `entry` is for the log."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{source} cannot be loaded into a model on the meta device; build it with device='cpu'")
     new_classes = getattr(model, "num_classes", None) != _published_classes(cfg)
@@ -185,7 +190,10 @@ def _load_state(
     if best is None or best.differences or (best.resized and _has_default_sizes(model, name)):
         best = _resized_or_refused(state, best, complaint, source, name)
     model.load_state_dict(best.values, strict=True)
-    notes = [*best.allowed, *(["tables resized or left out by the family's filter"] if best.resized else [])]
+    notes = [f"its entry {entry}"] if entry else []
+    notes += best.allowed
+    if best.resized:
+        notes.append("tables resized or left out by the family's filter")
     _logger.info("%s: %d weights from %s%s", name, len(best.values), source, "".join(f"; {note}" for note in notes))
 
 

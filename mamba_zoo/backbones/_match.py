@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 # Where the projects keep their weights, most specific first. The averaged copy (`*_ema`) is only taken when a file has
-# nothing else: the published scores belong to the plain entry wherever a file has both.
+# nothing else: the published scores belong to the plain entry wherever a file has both. Runs of timm's scripts and of
+# this package validate the average, so that theirs come first; see `_containers`.
 _CONTAINERS = (
     "state_dict",
     "model",
@@ -85,26 +86,47 @@ def _some(names: list[str], between: str = ", ", limit: int = 3) -> str:
     return between.join(names[:limit]) + (f"{between}..." if len(names) > limit else "")
 
 
-def unwrap(loaded: Any) -> dict[str, Tensor]:
-    """The state dict within whatever a checkpoint file holds.
+def unwrap(loaded: Any, ours: Container[str] = ()) -> tuple[dict[str, Tensor], str]:
+    """The state dict within whatever a checkpoint file holds, and which entry it is, for messages.
+
+    Args:
+        loaded: From the file.
+        ours: Names of the registered models, by which runs of timm's scripts that train them are told from published
+            files of the same form.
+
+    Returns: The state dict; and the entry, as "'state_dict_ema', not its 'state_dict'", empty if the file is the dict.
 
     Raises:
         ValueError: there is none; the message says what is there instead.
     """
+    entry = ""
     while isinstance(loaded, Mapping):
-        # A run of this package that averages its weights validates the average, and stores it beside the others.
-        names = ("ema", *_CONTAINERS) if "pytorch-lightning_version" in loaded else _CONTAINERS
-        inner = next((loaded[name] for name in names if _holds_weights(loaded.get(name))), None)
-        if inner is None:
+        held = [name for name in _containers(loaded, ours) if _holds_weights(loaded.get(name))]
+        if not held:
             break
-        loaded = inner
+        if not entry:
+            entry = repr(held[0]) + (f", not its {' or '.join(map(repr, held[1:]))}" if held[1:] else "")
+        loaded = loaded[held[0]]
     if not isinstance(loaded, Mapping):
         raise ValueError(f"it holds a {type(loaded).__name__}, not a dict of weights")
     odd = [str(name) for name, value in loaded.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if odd or not loaded:
-        held = f"its entries are {_some([str(name) for name in loaded], limit=8)}" if loaded else "it is an empty dict"
-        raise ValueError(f"it holds no weights under a known name: {held}")
-    return dict(loaded)
+        inside = (
+            f"its entries are {_some([str(name) for name in loaded], limit=8)}" if loaded else "it is an empty dict"
+        )
+        raise ValueError(f"it holds no weights under a known name: {inside}")
+    return dict(loaded), entry
+
+
+def _containers(loaded: Mapping[str, Any], ours: Container[str]) -> list[str]:
+    """Names of entries, those to look at first first."""
+    first = ()
+    if "pytorch-lightning_version" in loaded:
+        first = ("ema",)
+    # MambaVision's files have names that timm's scripts give, and may be like theirs but for their authors' `arch`.
+    elif "state_dict" in loaded and str(loaded.get("arch")).partition(".")[0] in ours:
+        first = ("state_dict_ema",)
+    return list(dict.fromkeys((*first, *_CONTAINERS)))
 
 
 def _holds_weights(value: object) -> bool:

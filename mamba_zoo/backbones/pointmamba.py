@@ -327,7 +327,7 @@ def load_encoder(model: PointMamba, path: str | os.PathLike[str]) -> None:
         ValueError: it is no such checkpoint, or its encoder does not fit; `model` is unchanged.
     """
     wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(model.after_encoder)}
-    for weights in variants(unwrap(read_checkpoint(path))):
+    for weights in variants(unwrap(read_checkpoint(path))[0]):
         inside = {
             name.removeprefix("MAE_encoder."): v for name, v in weights.items() if name.startswith("MAE_encoder.")
         }

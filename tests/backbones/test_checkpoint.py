@@ -1,5 +1,6 @@
 """Checkpoints load whole or not at all, into the model they belong to."""
 
+import argparse
 import collections
 import logging
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.utils.checkpoint_saver import CheckpointSaver
+from timm.utils.model_ema import ModelEmaV3
 
 import mamba_zoo
 from mamba_zoo.backbones._checkpoint import load_checkpoint
@@ -35,6 +38,19 @@ CONTAINERS = {
         "state_dict": {f"net.{k}": v + 1 for k, v in w.items()},
         "ema": w,
     },
+    "timm's scripts": lambda w: {
+        "epoch": 3,
+        "arch": "toy_small",
+        "state_dict": {k: v + 1 for k, v in w.items()},
+        "state_dict_ema": w,
+    },
+    "timm's scripts without an average": lambda w: {"epoch": 3, "arch": "toy_small", "state_dict": w},
+    "published from timm's scripts": lambda w: {
+        "epoch": 3,
+        "arch": "their_toy",
+        "state_dict": w,
+        "state_dict_ema": {k: v + 1 for k, v in w.items()},
+    },
     "ordered": collections.OrderedDict,
 }
 
@@ -44,6 +60,49 @@ def test_every_container_gives_the_same_model(container, weights, tmp_path):
     path = tmp_path / "file.pth"
     torch.save(CONTAINERS[container](weights), path)
     assert_holds(create("toy_small", path), weights)
+
+
+@pytest.mark.parametrize(
+    ("container", "entry"),
+    [
+        ("model beside its average", "its entry 'model', not its 'model_ema'"),
+        ("our run with an average", "its entry 'ema', not its 'state_dict'"),
+        ("timm's scripts", "its entry 'state_dict_ema', not its 'state_dict'"),
+        ("published from timm's scripts", "its entry 'state_dict', not its 'state_dict_ema'"),
+        ("timm's scripts without an average", "its entry 'state_dict'"),
+        ("average alone", "its entry 'model_ema'"),
+        ("bare", ""),
+    ],
+)
+def test_the_log_says_which_weights_were_taken(container, entry, weights, tmp_path, caplog):
+    path = tmp_path / "file.pth"
+    torch.save(CONTAINERS[container](weights), path)
+    with caplog.at_level(logging.INFO, "mamba_zoo"):
+        create("toy_small", path)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.endswith(f"; {entry}" if entry else str(path))
+
+
+@pytest.mark.parametrize("arch", ["toy_small", "toy_small.tag"])
+def test_a_run_of_timms_scripts_gives_what_timm_takes_from_it(arch, weights, tmp_path):
+    model = timm.create_model("toy_small")
+    average = ModelEmaV3(model)
+    with torch.no_grad():
+        average.module.get_parameter("head.bias").fill_(7.0)
+    saver = CheckpointSaver(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        args=argparse.Namespace(model=arch),
+        model_ema=average,
+        checkpoint_dir=tmp_path,
+        recovery_dir=tmp_path,
+    )
+    saver.save_checkpoint(0, metric=1.0)
+    path = tmp_path / "model_best.pth.tar"
+    theirs = timm.create_model("toy_small", checkpoint_path=path).state_dict()
+    assert theirs["head.bias"].tolist() == [7.0] * 5
+    assert_holds(create("toy_small", path), theirs)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
