@@ -111,9 +111,7 @@ def unwrap(loaded: Any, ours: Container[str] = ()) -> tuple[dict[str, Tensor], s
         raise ValueError(f"it holds a {type(loaded).__name__}, not a dict of weights")
     odd = [str(name) for name, value in loaded.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if odd or not loaded:
-        inside = (
-            f"its entries are {_some([str(name) for name in loaded], limit=8)}" if loaded else "it is an empty dict"
-        )
+        inside = f"its entries are {_some(list(map(str, loaded)), limit=8)}" if loaded else "it is an empty dict"
         raise ValueError(f"it holds no weights under a known name: {inside}")
     return dict(loaded), entry
 

@@ -47,8 +47,8 @@ def prepare_order(order: Tensor | None, b: int, l: int, k: int, device: torch.de
     if entry is None or entry[0] != _version(order):
         if _capturing(device):
             return _unchecked(order, device), False
-        complete = _check_values(order, l)
-        entry = known[device, l] = (_version(order), _copied(order, device), complete)
+        table = _copied(order, device)  # before the check, which waits for it: other streams may read it next
+        entry = known[device, l] = (_version(order), table, _check_values(order, l))
     elif order.dtype == torch.int32 and order.device == device and _capturing(device):
         return _unchecked(order, device), entry[2]  # a graph reads its inputs where they lie, at every replay
     return entry[1], entry[2]
