@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 _LENGTH = 12  # hexadecimal digits
+_STANDARD = sysconfig.get_path("stdlib")
 _PLAIN = (
     type(None),
     type(...),
@@ -35,8 +38,8 @@ _PLAIN = (
 def fingerprint(function: Callable[..., Any]) -> str:
     """A digest of code, constants, defaults, and the values of the enclosing and global names that `function` reads.
 
-    Functions of the same package are looked into. Whatever is imported from elsewhere counts by its name only, and so
-    does what a function finds out when it runs.
+    The functions that it calls are looked into. What belongs to Python, to this package or to another installed one
+    counts by its name only; what a function finds out when it runs does not count.
 
     Args:
         function: Any callable.
@@ -46,7 +49,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
     """
     digest = hashlib.sha256()
     try:
-        for part in _Reader(function).parts(function):
+        for part in _Reader().parts(function):
             digest.update(len(part).to_bytes(8, "little") + part)
     except (_Incomparable, RecursionError):
         return secrets.token_hex(_LENGTH // 2)
@@ -58,11 +61,8 @@ class _Incomparable(Exception):
 
 
 class _Reader:
-    def __init__(self, function: Callable[..., Any]):
-        while isinstance(function, functools.partial) or hasattr(function, "__wrapped__"):
-            function = function.func if isinstance(function, functools.partial) else inspect.unwrap(function)
-        self.package = _package(function)
-        self.seen: dict[int, int] = {}  # id of a function -> its number, for functions that call each other
+    def __init__(self):
+        self.seen: dict[int, int] = {}  # id of a function or module -> its number, as they may refer to each other
 
     def parts(self, value: Any) -> Iterator[bytes]:
         """A value as bytes, one part after another."""
@@ -87,16 +87,16 @@ class _Reader:
             yield value.detach().cpu().resolve_conj().flatten().view(torch.uint8).numpy().tobytes()
         elif isinstance(value, CodeType):
             yield from self._code(value)
-        elif isinstance(value, FunctionType) and _package(value) == self.package:
+        elif isinstance(value, FunctionType) and not _is_installed(value.__module__):
             yield from self._function(value)
         elif isinstance(value, functools.partial):
             yield b"partial"
             yield from self.parts((value.func, value.args, value.keywords))
-        elif isinstance(value, functools._lru_cache_wrapper):
+        elif isinstance(value, functools._lru_cache_wrapper) and not _is_installed(value.__module__):
             yield b"cached"
             yield from self.parts(value.__wrapped__)
         else:
-            yield self._name(value)
+            yield _name(value)
 
     def _function(self, function: FunctionType) -> Iterator[bytes]:
         if id(function) in self.seen:
@@ -119,40 +119,49 @@ class _Reader:
                 yield name.encode()
                 yield from self.parts(value)
                 if isinstance(value, ModuleType):
-                    yield from self._constants(value, names)
+                    yield from self._attributes(value, names)
 
     def _code(self, code: CodeType) -> Iterator[bytes]:
         yield f"code {code.co_flags} {code.co_argcount} {code.co_posonlyargcount} {code.co_kwonlyargcount}".encode()
         yield code.co_code
         yield from self.parts((code.co_consts, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars))
 
-    def _constants(self, module: ModuleType, names: list[str]) -> Iterator[bytes]:
+    def _attributes(self, module: ModuleType, names: list[str]) -> Iterator[bytes]:
         """What a function may read of a module: `settings.STEP`."""
-        known: Mapping[str, Any] = vars(module)
+        if id(module) in self.seen:
+            return
+        self.seen[id(module)] = len(self.seen)
         for name in names:
-            value = known.get(name)
-            if isinstance(value, (*_PLAIN, tuple, list, dict, np.ndarray, Tensor)):
+            value = vars(module).get(name)
+            if isinstance(value, ModuleType):
+                yield from self._attributes(value, names)
+            elif isinstance(value, (*_PLAIN, tuple, list, dict, np.ndarray, Tensor, FunctionType)):
                 yield f"{module.__name__}.{name}".encode()
                 yield from self.parts(value)
 
-    def _name(self, value: Any) -> bytes:
-        """Of something that is found by its name, in a package that is not the function's."""
-        if isinstance(value, ModuleType):
-            return f"module {value.__name__}".encode()
-        name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
-        bound = getattr(value, "__self__", None)
-        if not callable(value) or not isinstance(name, str) or _package(value) in (None, self.package):
-            raise _Incomparable
-        if "<" in name or not (bound is None or isinstance(bound, type | ModuleType)):
-            raise _Incomparable
-        return f"{value.__module__} {name}".encode()
+
+def _name(value: Any) -> bytes:
+    """Of something installed."""
+    if isinstance(value, ModuleType):
+        return f"module {value.__name__}".encode()
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    owner = getattr(value, "__self__", None)
+    found = callable(value) and isinstance(name, str) and "<" not in name
+    if not found or not _is_installed(value.__module__) or not isinstance(owner, type(None) | type | ModuleType):
+        raise _Incomparable
+    return f"{value.__module__} {name}".encode()
 
 
 def _names(code: CodeType) -> set[str]:
-    """Global names and attributes that code mentions, that of inner functions included."""
+    """Global names and attributes that code mentions, those of inner functions included."""
     return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
-def _package(function: Any) -> str | None:
-    module = getattr(function, "__module__", None)
-    return module.partition(".")[0] if isinstance(module, str) else None
+def _is_installed(module: str | None) -> bool:
+    """Whether a module is part of Python, of this package or of another that was installed."""
+    if module is None or module == "__main__" or module not in sys.modules:
+        return False
+    if module.partition(".")[0] == __name__.partition(".")[0] or module in sys.builtin_module_names:
+        return True
+    file = Path(getattr(sys.modules[module], "__file__", None) or "")
+    return file.is_relative_to(_STANDARD) or not {"site-packages", "dist-packages"}.isdisjoint(file.parts)

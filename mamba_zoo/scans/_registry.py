@@ -135,10 +135,10 @@ def as_spec(scan: ScanLike) -> str:
     Args:
         scan: A spec such as "hilbert", "window(2)" or "both_ways(transpose(hilbert))"; a `Scan`; or a function of the
             grid size like those of `register_scan`. An object gets a name that is a digest of what it computes: a
-            table, or code, constants, defaults and the values that it refers to, where what comes from other packages
-            counts by name. Equal objects have one name. Another process knows it only after it has called `as_spec`
-            with an equal object; a function that refers to what cannot be compared, such as an open file, has a random
-            name that no other process knows. Register scans that checkpoints shall mention.
+            table, or code, constants, defaults and the values and functions that it refers to, where installed packages
+            count by name. Equal objects have one name. Another process knows it only after it has called `as_spec` with
+            an equal object; a function that refers to what cannot be compared, such as an open file or an object of a
+            class, has a random name that no other process knows. Register scans that checkpoints shall mention.
 
     Raises:
         ValueError: a spec that does not parse, or names an unknown scan or option.

@@ -176,7 +176,7 @@ def order(height, width):
     return helper(height * width)
 def maker(step):
     def order(height, width):
-        return [np.roll(np.arange(height * width), s)[0] for s in (step, settings.STEP)]
+        return [np.roll(np.arange(height * width), s * settings.sign())[0] for s in (step, settings.STEP)]
     return order
 unlike = np.random.default_rng(0)
 def random(height, width):
@@ -189,7 +189,8 @@ NAMES = ("order", "made", "partial", "cached", "random")
 def names_of(folder, **values):
     """The specs of the functions of a file in this process."""
     found: dict[str, Any] = {"__name__": "orders"}
-    (folder / "settings.py").write_text(f"STEP = {values.pop('setting', 1)}")
+    settings = f"STEP = {values.pop('setting', 1)}\ndef sign(): return {values.pop('sign', 1)}"
+    (folder / "settings.py").write_text(settings)
     sys.modules.pop("settings", None)
     exec(ORDERS.format(**{"step": 1, "letters": "abcdefgh", **values}), found)
     return {name: as_spec(found[name]) for name in NAMES}
@@ -213,10 +214,12 @@ def test_a_function_has_one_name_in_every_process_and_another_code_has_another(t
     for change, names in (
         ({"step": 2}, {"order", "made", "partial", "cached"}),
         ({"setting": 2}, {"made"}),
+        ({"sign": -1}, {"made"}),
         ({"letters": "abcdefgx"}, {"order", "partial", "cached"}),
     ):
         other = names_of(tmp_path, **change)
         assert {name for name in NAMES if other[name] != here[name]} == names | {"random"}
+    del sys.modules["settings"]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +243,35 @@ def test_equal_values_make_equal_functions(table):
 
     assert as_spec(make(table)) == as_spec(make(copy.deepcopy(table)))
     assert as_spec(make(table)) != as_spec(make((table, 1)))
+
+
+def test_functions_that_know_each_other_or_objects():
+    def make(step):
+        def even(n):
+            return n == 0 or odd(n - step)
+
+        def odd(n):
+            return n > 0 and even(n - step)
+
+        def alone(n):
+            return n and alone(n - step)
+
+        return even, odd, alone
+
+    class Order:
+        def __call__(self, n):
+            return range(n)
+
+        def method(self, n):
+            return range(n)
+
+    one, two = Order(), Order()
+    names = [as_spec(function) for function in make(1)]
+    assert len(set(names)) == 3
+    assert names == [as_spec(function) for function in make(1)]
+    assert not {as_spec(function) for function in make(2)} & set(names)
+    assert as_spec(one) == as_spec(one) != as_spec(two)
+    assert as_spec(one.method) == as_spec(one.method) != as_spec(two.method)
 
 
 def test_unknown_object_of_another_process():
