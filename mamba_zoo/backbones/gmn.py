@@ -184,6 +184,15 @@ class GMN(GraphModel):
             x, edges = self._run(layer, x, graphs, edges, order)
         return self.norm(x)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by depth, for layer-wise learning rates: the layers of tokens before those of nodes."""
+        nodes = super().group_matcher(coarse)
+        return {
+            "stem": nodes["stem"],
+            "tokens": [(r"^token_encoder", (-1,)), (r"^token_layers\.(\d+)", None)],
+            "blocks": nodes["blocks"],
+        }
+
     def neighbourhoods(self, graphs: Graphs) -> Neighbourhoods:
         """The tokens of every node; drawn anew in training if `resample`."""
         fresh = self.training and self.resample

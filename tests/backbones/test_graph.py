@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models import group_parameters
 from torch import nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.datasets import KarateClub
@@ -134,7 +135,26 @@ def test_every_registered_model(name):
     assert {n for n, p in model.named_parameters() if n.endswith(("A_log", "dt_bias", ".D")) or p.dim() < 2} <= exempt
     assert exempt < {n for n, _ in model.named_parameters()}
     assert isinstance(model.get_classifier(), nn.Linear)
-    assert set(model.group_matcher()) == {"stem", "blocks"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "want"),
+    [
+        ("gmn", {"token_depth": 2}, "encoder token_encoder token_layers.0 token_layers.1 layers.0 layers.1 head"),
+        ("gmn", {"walk_length": 0}, "encoder layers.0 layers.1 head"),
+        ("graph_mamba", {"pre_layers": 2}, "encoder layers.0 layers.1 layers.2 head"),
+    ],
+    ids=str,
+)
+def test_layers_learn_in_the_order_they_run(name, options, want):
+    model: Any = mamba_zoo.create_model(name, device="meta", **options)
+    groups: Any = group_parameters(model, model.group_matcher())
+    parts = [[key for key in groups[i] if key.startswith(f"{part}.")] for i, part in enumerate(want.split())]
+    assert all(parts)
+    assert len(groups) == len(parts)
+    beside = {key for i, group in groups.items() for key in group if key not in parts[i]}
+    assert {key.split(".")[0] for key in beside} <= {"edge_encoder", "pre", "norm"}
+    assert all(key in groups[0] for key in beside if not key.startswith("norm"))
 
 
 def test_gradient_checkpointing_changes_nothing():
