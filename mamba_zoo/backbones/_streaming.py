@@ -111,7 +111,7 @@ class Waveforms(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by depth, for layer-wise learning rates."""
-        return {"stem": r"^(lift|encoder|squeeze|embed)", "blocks": [(r"^blocks\.(\d+)", None), (r".*", (99999,))]}
+        return {"stem": r"^lift|^encoder|^squeeze|^embed", "blocks": [(r"^blocks\.(\d+)", None), (r".*", (99999,))]}
 
 
 def check_lengths(lengths: Sequence[int] | Tensor, batch: int, samples: int) -> list[int]:
