@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from ._block import LayerNorm, add_residual
 from ._cast import weights_cast
+from ._decay import undecayed
 from ._embed import check_image, remove_token
 
 # torch.fx takes these whole, in every file that calls them: they look at shapes and dtypes.
 torch.fx.wrap("add_residual")
 torch.fx.wrap("check_image")
-
-# State-space parameters and embeddings: decay pulls them to a value that means something else than "off".
-_UNDECAYED = ("A_log", "D", "dt_bias", "bias", "B_bias", "C_bias", "cls_token", "pos_embed")
 
 
 class Backbone(nn.Module):
@@ -45,12 +43,8 @@ class Backbone(nn.Module):
     feature_info: list[dict[str, Any]]
 
     def no_weight_decay(self) -> set[str]:
-        """Full names of the state-space parameters, biases, norms and embeddings that decay should leave alone."""
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.dim() <= 1 or name.rsplit(".", 1)[-1] in _UNDECAYED
-        }
+        """Full names of the parameters that decay should leave alone, see `undecayed`."""
+        return undecayed(self)
 
     def input_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one input of this size, without the batch: `(c, h, w)`."""

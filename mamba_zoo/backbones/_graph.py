@@ -16,11 +16,11 @@ from ..kernels._order import prepare_order
 from ..scans import Graphs, graph_order
 from ..scans._graphs import hashed, uniform
 from ..scans.graph import order_key
+from ._decay import undecayed
 from ._mixer import Mamba
 
 LEVELS = ("graph", "node", "edge")
 POOLS = ("mean", "add", "max")
-_UNDECAYED = ("A_log", "D", "dt_bias", "bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,12 +194,8 @@ class GraphModel(nn.Module):
         self.head = Head(dim, num_classes, head_layers - 1, head_l2_norm, drop_rate, device, dtype)
 
     def no_weight_decay(self) -> set[str]:
-        """Full names of the state-space parameters, biases and norms that decay should leave alone."""
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.dim() <= 1 or name.rsplit(".", 1)[-1] in _UNDECAYED
-        }
+        """Full names of the parameters that decay should leave alone, see `undecayed`."""
+        return undecayed(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by depth, for layer-wise learning rates."""

@@ -10,7 +10,7 @@ from timm.layers.helpers import get_device_dtype
 from torch import Tensor, nn
 
 from ..scans import Scan, ScanLike, as_spec, build_scan
-from ._base import _UNDECAYED
+from ._decay import undecayed
 
 EPS = 1e-5
 
@@ -130,12 +130,8 @@ class SeriesModel(nn.Module):
         return (steps or self.seq_len, variates or self.in_chans)
 
     def no_weight_decay(self) -> set[str]:
-        """Full names of the state-space parameters, biases and norms that decay should leave alone."""
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.dim() <= 1 or name.rsplit(".", 1)[-1] in _UNDECAYED
-        }
+        """Full names of the parameters that decay should leave alone, see `undecayed`."""
+        return undecayed(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by depth, for layer-wise learning rates."""

@@ -9,6 +9,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ._block import AddNormBlock, add_residual
+from ._decay import undecayed
 
 State: TypeAlias = list[Any]  # what each mixer keeps
 
@@ -63,9 +64,8 @@ class CausalStack(nn.Module):
         return self._advance(x, state, "step")
 
     def no_weight_decay(self) -> set[str]:
-        """Full names of the state-space parameters, biases and norms that decay should leave alone."""
-        special = ("A_log", "D", "dt_bias", "bias", "B_bias", "C_bias")
-        return {n for n, p in self.named_parameters() if p.dim() <= 1 or n.rsplit(".", 1)[-1] in special}
+        """Full names of the parameters that decay should leave alone, see `undecayed`."""
+        return undecayed(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by depth, for layer-wise learning rates."""

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# As for other models: decay pulls these to a value that means something else than "off".
-_UNDECAYED = ("A_log", "D", "dt_bias", "bias", "norm_weight", "gamma", "beta", "slope")
+from ._decay import undecayed
 
 
 class Waveforms(nn.Module):
@@ -102,12 +101,8 @@ class Waveforms(nn.Module):
         return F.pad(back, (0, wave.shape[-1] - back.shape[-1]))
 
     def no_weight_decay(self) -> set[str]:
-        """Full names of the state-space parameters, biases, norms and slopes that decay should leave alone."""
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.dim() <= 1 or name.rsplit(".", 1)[-1] in _UNDECAYED
-        }
+        """Full names of the parameters that decay should leave alone, see `undecayed`."""
+        return undecayed(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by depth, for layer-wise learning rates."""

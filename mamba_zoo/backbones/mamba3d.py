@@ -211,10 +211,6 @@ class Mamba3D(PointBackbone):
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.cls_pos, std=0.02)
 
-    def no_weight_decay(self) -> set[str]:
-        """As for all models, and the position of the class token."""
-        return super().no_weight_decay() | {"cls_pos"}
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Clouds `(b, n, 3)` to normed tokens `(b, g + 1, dim)`, the class token first, patches furthest first."""
         self.check(x)

@@ -132,10 +132,6 @@ class PCM(PointBackbone):
         self.head_hidden_size = self.head.num_features
         trunc_normal_(self.order_prompt, std=0.02)
 
-    def no_weight_decay(self) -> set[str]:
-        """As for all models, and the prompts."""
-        return super().no_weight_decay() | {"order_prompt"}
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by stage."""
         return {"stem": r"^embedding|^order_prompt", "blocks": r"^stages\.(\d+)"}

@@ -243,11 +243,6 @@ class PlainMamba(Pyramid):
         self.scan, self.grid = spec, grid
         self.apply(_init_weights)
 
-    def no_weight_decay(self) -> set[str]:
-        """Full names of the parameters that decay should leave alone, those of the directions among them."""
-        directions = {name for name, _ in self.named_parameters() if name.endswith(".direction_B")}
-        return super().no_weight_decay() | directions
-
 
 def _init_weights(module: nn.Module) -> None:
     """As the published code starts: truncated normal weights and zero biases, those of the steps included."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..scans._cloud import PointScanLike, cloud_order, trusted
 from ._block import AddNormBlock, LayerNorm, add_residual
 from ._checkpoint_file import read_checkpoint
+from ._decay import undecayed
 from ._keys import Key, rename
 from ._match import unwrap, variants
 from ._mixer import Mamba
@@ -215,12 +216,8 @@ class PointMambaPretraining(nn.Module):
         trunc_normal_(self.mask_token, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """Full names of the parameters that decay should leave alone."""
-        inside = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-        state_space = ("A_log", "D", "dt_bias", "bias", "mask_token")
-        return inside | {
-            name for name, p in self.named_parameters() if p.dim() <= 1 or name.rsplit(".", 1)[-1] in state_space
-        }
+        """Full names of the parameters that decay should leave alone, see `undecayed`."""
+        return undecayed(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block of the encoder in the backward pass."""

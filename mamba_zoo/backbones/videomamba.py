@@ -149,10 +149,6 @@ class VideoMamba(Tokens):
         frames = () if self.num_frames is None else (self.num_frames,)
         return (self.in_chans, *frames, height, width)
 
-    def no_weight_decay(self) -> set[str]:
-        """Full names of the parameters that decay should leave alone, the temporal embedding among them."""
-        return super().no_weight_decay() | (set() if self.num_frames is None else {"temporal_pos_embed"})
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by depth, for layer-wise learning rates."""
         return {

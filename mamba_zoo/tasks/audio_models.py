@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mamba_zoo
 
+from ..backbones._decay import undecayed
 from ..backbones._spectrogram import SpectrogramEmbed, SpectrogramTokens
 
 
@@ -124,7 +125,7 @@ class SpectrogramTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Full names of norms, biases and positions."""
-        return {name for name, p in self.named_parameters() if p.dim() <= 1 or name == "pos_embed"}
+        return undecayed(self)
 
 
 BASELINES = ("spectrogram_cnn", "spectrogram_transformer")

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..backbones._decay import undecayed
+
 RECIPES = ("recommended", "as-published")
 
 # What the published training code decays although its authors marked it otherwise, or that a rule on the number of
@@ -29,7 +31,7 @@ def no_decay_names(model: nn.Module, recipe: str = "recommended", name: str = ""
 
     Args:
         model: Its `no_weight_decay()` is honoured, and so is a true `_no_weight_decay` on a parameter.
-        recipe: "recommended" also exempts every tensor of one dimension and every bias. "as-published" decays what the
+        recipe: "recommended" also exempts whatever else is no weight, see `undecayed`. "as-published" decays what the
             published training code of this architecture decays, state decay rates included.
         name: The model's registered name, to find its published code.
 
@@ -39,11 +41,8 @@ def no_decay_names(model: nn.Module, recipe: str = "recommended", name: str = ""
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
     marked = set(cast(Any, model).no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    exempt = {
-        key
-        for key, p in model.named_parameters()
-        if key in marked or getattr(p, "_no_weight_decay", False) or p.ndim <= 1 or key.endswith(".bias")
-    }
+    flagged = {key for key, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    exempt = undecayed(model) | marked | flagged
     if recipe == "recommended":
         return exempt
     decayed = next(re.compile(keys) for models, keys in _PUBLISHED_DECAY if re.match(models, name))

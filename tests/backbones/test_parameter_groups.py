@@ -1,4 +1,4 @@
-"""What an optimizer asks of every model: which layer a parameter belongs to."""
+"""What an optimizer asks of every model: which layer a parameter belongs to, and whether it is decayed."""
 
 import re
 from typing import Any
@@ -9,10 +9,13 @@ from timm.models._registry import model_entrypoint
 from timm.optim._param_groups import param_groups_layer_decay
 
 import mamba_zoo
+from mamba_zoo.backbones._exchange import MIXERS
+from mamba_zoo.tasks.optim import parameter_groups
 
 # Their parameters have other names than those of the smallest model of their family.
 OTHERS = ["graph_mamba_layer", "pcm_tiny_parts", "pointmamba_mini_pretraining", "pointmamba_v1", "ssamba_tiny_pretrain",
           "videomamba_tiny_video"]  # fmt: skip
+WEIGHTS = {"weight", "mimo_x", "mimo_z", "mimo_o"}  # the last three between channels and the ranks of Mamba-3
 INPUT = re.compile(r"cls_|patch_|pos_|order_|embed|encoder|lift|squeeze|stem|scale")
 LINEAR = "series_linear"  # no scan, and no layers one after another
 
@@ -56,3 +59,23 @@ def test_layers_are_told_apart_from_the_input_to_the_head(name):
             assert 0 not in deep
     groups_of_timm: Any = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5, no_weight_decay_list=[])
     assert sum(len(group["params"]) for group in groups_of_timm) == len(names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_alone_are_decayed(name):
+    """No bias, scale, shift, embedding or state-space parameter, whatever its shape, and whichever the mixer."""
+    count = 1 if name in ("mamba2", "mamba3", LINEAR) else 3 if name == "mamba2_130m" else len(MIXERS)
+    for mixer in MIXERS[:count]:
+        model = on_meta(name, mixer=mixer)
+        parameters = dict(model.named_parameters())
+        named = {id(p): key for key, p in parameters.items()}
+        if hasattr(model, "no_weight_decay"):
+            spared = model.no_weight_decay()
+            assert spared < set(parameters)
+            assert {key.rsplit(".", 1)[-1] for key in set(parameters) - spared} <= WEIGHTS, mixer
+        for layer_decay in (None, 0.5) if hasattr(model, "group_matcher") else (None,):
+            groups = parameter_groups(model, 0.1, 0.05, layer_decay)
+            decayed = {named[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+            assert {key.rsplit(".", 1)[-1] for key in decayed} <= WEIGHTS, mixer
+            assert all(parameters[key].dim() >= 2 for key in decayed)
+            assert any(key.endswith(("in_proj.weight", "head.weight")) for key in decayed)
