@@ -146,8 +146,12 @@ def causal_conv1d_step(
         The output `(b, k, d)` in the dtype of `x`, and the new state.
 
     Raises:
-        ValueError: `activation` is unknown.
+        ValueError: shapes that disagree, or an unknown `activation`.
     """
+    _check_shapes(x, weight, bias, axes="b")
+    k, d, w = weight.shape
+    if state.shape != (x.shape[0], k, d, w - 1):
+        raise ValueError(f"state has shape {tuple(state.shape)}, expected {(x.shape[0], k, d, w - 1)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; choose one of {ACTIVATIONS}")
     token = (x if x.dim() == 3 else x[:, None]).to(state.dtype)
@@ -225,14 +229,19 @@ _backward = Op("causal_conv1d_backward", _run_backward, _fake_backward)
 _forward.set_gradient(_save, _gradient)
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise ValueError naming the first argument whose shape does not follow from that of `weight`."""
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, axes: str = "b, l") -> None:
+    """Raise ValueError naming the first argument whose shape does not follow from that of `weight`.
+
+    `axes` are the first ones of `x`; "b" is for a single step.
+    """
     if weight.dim() != 3 or 0 in weight.shape:
         raise ValueError(f"weight must be (k, d, w) with every size >= 1, not {tuple(weight.shape)}")
     k, d, _ = weight.shape
-    if x.dim() not in (3, 4) or tuple(x.shape[2:]) not in ((d,), (k, d)) or x.shape[1] == 0:
+    rows = 2 if axes == "b, l" else 1
+    if x.dim() <= rows or x.shape[rows:] not in ((d,), (k, d)) or 0 in x.shape[1:rows]:
+        longest = " with l >= 1" if rows == 2 else ""
         raise ValueError(
-            f"x has shape {tuple(x.shape)}, expected (b, l, {d}) or (b, l, {k}, {d}) with l >= 1 to go with weight "
+            f"x has shape {tuple(x.shape)}, expected ({axes}, {d}) or ({axes}, {k}, {d}){longest} to go with weight "
             f"{tuple(weight.shape)} (k, d, w)"
         )
     if bias is not None and bias.shape != (k, d):

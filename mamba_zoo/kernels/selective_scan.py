@@ -124,7 +124,13 @@ def selective_scan_step(
 
     Returns:
         The output `(b, k, d)` in the dtype of `u`, and the new state.
+
+    Raises:
+        ValueError: shapes that disagree.
     """
+    _check_shapes(u, dt, A, B, C, D, z, dt_bias, axes="b")
+    if state.shape != (*dt.shape, A.shape[2]):
+        raise ValueError(f"state has shape {tuple(state.shape)}, expected {(*dt.shape, A.shape[2])}")
     exact = state.dtype
     token = (u if u.dim() == 3 else u[:, None]).to(exact)
     delta = dt.to(exact) if dt_bias is None else dt.to(exact) + dt_bias.to(exact)
@@ -307,15 +313,18 @@ _backward = Op("selective_scan_backward", _run_backward, _fake_backward)
 _forward.set_gradient(_save, _gradient)
 
 
-def _check_shapes(u, dt, A, B, C, D, z, dt_bias) -> None:
-    """Raise ValueError naming the first argument whose shape does not follow from those of `dt` and `A`."""
-    if dt.dim() != 4 or A.dim() != 3:
-        raise ValueError(f"dt must be (b, l, k, d) and A (k, d, n), not {tuple(dt.shape)} and {tuple(A.shape)}")
-    b, l, k, d = dt.shape
+def _check_shapes(u, dt, A, B, C, D, z, dt_bias, axes: str = "b, l") -> None:
+    """Raise ValueError naming the first argument whose shape does not follow from those of `dt` and `A`.
+
+    `axes` are the first ones of all tokens; "b" is for a single step.
+    """
+    if dt.dim() != (4 if axes == "b, l" else 3) or A.dim() != 3:
+        raise ValueError(f"dt must be ({axes}, k, d) and A (k, d, n), not {tuple(dt.shape)} and {tuple(A.shape)}")
+    *rows, k, d = dt.shape
     n = A.shape[2]
-    if 0 in (l, k, d, n):
+    if 0 in (*rows[1:], k, d, n):
         raise ValueError(f"dt {tuple(dt.shape)} and A {tuple(A.shape)} leave nothing to scan; every size must be >= 1")
-    tokens, maps, channels = ((b, l, d), (b, l, k, d)), ((b, l, k, n),), ((k, d),)
+    tokens, maps, channels = ((*rows, d), (*rows, k, d)), ((*rows, k, n),), ((k, d),)
     expected = (
         ("u", u, tokens), ("A", A, ((k, d, n),)), ("B", B, maps), ("C", C, maps),
         ("D", D, channels), ("z", z, tokens), ("dt_bias", dt_bias, channels),
@@ -325,7 +334,7 @@ def _check_shapes(u, dt, A, B, C, D, z, dt_bias) -> None:
             wanted = " or ".join(map(str, shapes))
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}, expected {wanted} to go with dt {tuple(dt.shape)} "
-                f"(b, l, k, d) and n={n} states"
+                f"({axes}, k, d) and n={n} states"
             )
 
 

@@ -176,10 +176,11 @@ def ssd_step(
         The output `(b, k, h, p)` in the dtype of `x`, and the new state.
 
     Raises:
-        ValueError: both or neither of `A` and `decay`.
+        ValueError: shapes that disagree, or both or neither of `A` and `decay`.
     """
-    if (A is None) == (decay is None):
-        raise ValueError("give either A or decay")
+    _check_shapes(x, dt, A, B, C, D, z, dt_bias, decay, axes="b")
+    if state.shape != (*dt.shape, x.shape[-1], B.shape[-1]):
+        raise ValueError(f"state has shape {tuple(state.shape)}, expected {(*dt.shape, x.shape[-1], B.shape[-1])}")
     exact = state.dtype
     token = (x if x.dim() == 4 else x[:, None]).to(exact)
     delta = dt.to(exact) if dt_bias is None else dt.to(exact) + dt_bias.to(exact)
@@ -298,30 +299,33 @@ _backward = Op("ssd_backward", _run_backward, _fake_backward)
 _forward.set_gradient(_save, _gradient)
 
 
-def _check_shapes(x, dt, A, B, C, D, z, dt_bias, decay) -> None:
-    """Raise ValueError naming the first argument whose shape does not follow from those of `dt`, `x` and `B`."""
+def _check_shapes(x, dt, A, B, C, D, z, dt_bias, decay, axes: str = "b, l") -> None:
+    """Raise ValueError naming the first argument whose shape does not follow from those of `dt`, `x` and `B`.
+
+    `axes` are the first ones of all tokens; "b" is for a single step.
+    """
     if (A is None) == (decay is None):
         raise ValueError("give either A, the decay rates of the heads, or decay, one for each token")
-    if dt.dim() != 4 or B.dim() != 5 or x.dim() not in (4, 5):
+    wanted = 4 if axes == "b, l" else 3
+    if dt.dim() != wanted or B.dim() != wanted + 1 or x.dim() not in (wanted, wanted + 1):
         raise ValueError(
-            f"dt must be (b, l, k, h), B (b, l, k, g, n) and x (b, l, h, p) or (b, l, k, h, p), "
+            f"dt must be ({axes}, k, h), B ({axes}, k, g, n) and x ({axes}, h, p) or ({axes}, k, h, p), "
             f"not {tuple(dt.shape)}, {tuple(B.shape)} and {tuple(x.shape)}"
         )
-    b, l, k, h = dt.shape
-    p, (g, n) = x.shape[-1], B.shape[3:]
-    if 0 in (l, k, h, p, g, n):
+    *rows, k, h = dt.shape
+    p, (g, n) = x.shape[-1], B.shape[-2:]
+    if 0 in (*rows[1:], k, h, p, g, n):
         raise ValueError(f"dt {tuple(dt.shape)}, x {tuple(x.shape)} and B {tuple(B.shape)} leave nothing to scan")
     if h % g:
         raise ValueError(f"B has {g} groups, which do not divide the {h} heads of dt")
-    tokens, maps, steps = ((b, l, h, p), (b, l, k, h, p)), ((b, l, k, g, n),), ((b, l, k, h),)
+    tokens, maps, steps = ((*rows, h, p), (*rows, k, h, p)), ((*rows, k, g, n),), ((*rows, k, h),)
     expected = {
         "x": (x, tokens), "A": (A, ((k, h),)), "B": (B, maps), "C": (C, maps), "D": (D, ((k, h), (k, h, p))),
         "z": (z, tokens), "dt_bias": (dt_bias, ((k, h),)), "decay": (decay, steps),
     }  # fmt: skip
     for name, (value, shapes) in expected.items():
         if value is not None and tuple(value.shape) not in shapes:
-            wanted = " or ".join(map(str, shapes))
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, expected {wanted} to go with dt {tuple(dt.shape)} "
-                f"(b, l, k, h), p={p} channels a head and n={n} states"
+                f"{name} has shape {tuple(value.shape)}, expected {' or '.join(map(str, shapes))} to go with dt "
+                f"{tuple(dt.shape)} ({axes}, k, h), p={p} channels a head and n={n} states"
             )

@@ -200,6 +200,28 @@ def test_step_of_several_directions():
     assert_close(after, final)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": (3, 5, 1)}, r"state has shape \(2, 3, 5, 3\), expected \(2, 3, 5, 0\)"),
+        ({"weight": (5, 4)}, r"weight must be \(k, d, w\)"),
+        ({"state": (1, 3, 5, 3)}, r"state has shape \(1, 3, 5, 3\), expected \(2, 3, 5, 3\)"),
+        ({"x": (1, 5)}, r"state has shape .* expected \(1, 3, 5, 3\)"),
+        ({"x": (2, 1)}, r"x has shape \(2, 1\), expected \(b, 5\) or \(b, 3, 5\) to go with weight \(3, 5, 4\)"),
+        ({"x": (2, 1, 5)}, "x has shape"),
+        ({"x": (5,)}, "x has shape"),
+        ({"bias": (5,)}, "bias has shape"),
+    ],
+    ids=str,
+)
+def test_a_step_refuses_what_would_be_broadcast(changes, message):
+    shapes: dict[str, Any] = {"state": (2, 3, 5, 3), "x": (2, 5), "weight": (3, 5, 4), "bias": (3, 5)}
+    y, state = causal_conv1d_step(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+    assert (y.shape, state.shape) == ((2, 3, 5), (2, 3, 5, 3))
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d_step(**{name: torch.zeros(shape) for name, shape in (shapes | changes).items()})
+
+
 def test_autocast_casts_only_the_tokens(device):
     x, weight, bias, _ = (t.detach().float().to(device) for t in problem().values())
     with torch.autocast(device.type, torch.bfloat16):

@@ -157,6 +157,35 @@ def test_step_continues_a_scan(backend):
         assert relative_error(y, whole[:, t]) < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"state": (1, 2, 3, 4)}, r"state has shape \(1, 2, 3, 4\), expected \(2, 2, 3, 4\)"),
+        (
+            {"u": (2, 1)},
+            r"u has shape \(2, 1\), expected \(2, 3\) or \(2, 2, 3\) to go with dt .* \(b, k, d\)",
+        ),
+        ({"dt": (1, 1, 3)}, r"u has shape \(2, 3\), expected \(1, 3\)"),
+        ({"dt": (2, 6, 2, 3)}, r"dt must be \(b, k, d\)"),
+        ({"A": (3, 4)}, r"and A \(k, d, n\), not \(2, 2, 3\) and \(3, 4\)"),
+        ({"A": (2, 1, 4)}, r"A has shape \(2, 1, 4\), expected \(2, 3, 4\)"),
+        ({"B": (2, 4)}, r"B has shape \(2, 4\), expected \(2, 2, 4\)"),
+        ({"C": (2, 2, 1)}, "C has shape"),
+        ({"D": (3,)}, "D has shape"),
+        ({"z": (1, 3)}, "z has shape"),
+        ({"dt_bias": (3,)}, "dt_bias has shape"),
+    ],
+    ids=str,
+)
+def test_a_step_refuses_what_would_be_broadcast(changes, message):
+    shapes: Any = {"state": (2, 2, 3, 4), "u": (2, 3), "dt": (2, 2, 3), "A": (2, 3, 4), "B": (2, 2, 4), "C": (2, 2, 4)}
+    shapes |= {"D": (2, 3), "z": (2, 3), "dt_bias": (2, 3)}
+    y, state = selective_scan_step(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+    assert (y.shape, state.shape) == ((2, 2, 3), (2, 2, 3, 4))
+    with pytest.raises(ValueError, match=message):
+        selective_scan_step(**{name: torch.zeros(shape) for name, shape in (shapes | changes).items()})
+
+
 def test_chunks_with_state_equal_the_whole(backend):
     """Two halves joined by their state give the outputs and the gradients of one scan."""
     name, device = backend

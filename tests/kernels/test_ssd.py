@@ -301,6 +301,40 @@ def test_step_continues_a_scan(backend, decay):
         assert relative_error(y, whole[:, t]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"state": (1, 2, 4, 6, 5)}, r"state has shape \(1, 2, 4, 6, 5\), expected \(2, 2, 4, 6, 5\)"),
+        (
+            {"x": (1, 4, 6)},
+            r"x has shape \(1, 4, 6\), expected \(2, 4, 6\) or \(2, 2, 4, 6\) to go with dt",
+        ),
+        ({"x": (2, 4, 1), "z": None}, r"state has shape .* expected \(2, 2, 4, 1, 5\)"),
+        ({"x": (4, 6)}, r"x \(b, h, p\) or \(b, k, h, p\)"),
+        ({"dt": (2, 4)}, r"dt must be \(b, k, h\)"),
+        ({"A": (4,)}, "A has shape"),
+        ({"A": None}, "either A"),
+        ({"decay": (2, 2, 4)}, "either A"),
+        ({"B": (2, 2, 3, 5)}, "3 groups, which do not divide the 4 heads"),
+        ({"C": (2, 2, 1, 5)}, "C has shape"),
+        ({"D": (4,)}, "D has shape"),
+        ({"z": (1, 4, 6)}, "z has shape"),
+        ({"dt_bias": (2, 1)}, "dt_bias has shape"),
+    ],
+    ids=str,
+)
+def test_a_step_refuses_what_would_be_broadcast(changes, message):
+    shapes: Any = {"state": (2, 2, 4, 6, 5), "x": (2, 4, 6), "dt": (2, 2, 4), "A": (2, 4), "B": (2, 2, 2, 5)}
+    shapes |= {"C": (2, 2, 2, 5), "D": (2, 4), "z": (2, 4, 6), "dt_bias": (2, 4)}
+
+    def step(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        return ssd_step(**{name: None if shape is None else torch.zeros(shape) for name, shape in given.items()})
+
+    assert [t.shape for t in step(shapes)] == [(2, 2, 4, 6), (2, 2, 4, 6, 5)]
+    with pytest.raises(ValueError, match=message):
+        step(shapes | changes)
+
+
 def test_halves_joined_by_their_state_equal_the_whole(backend):
     name, device = backend
     problem = make_problem(l=150, k=1, order=None, device=device)
