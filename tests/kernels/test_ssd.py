@@ -327,8 +327,9 @@ def test_a_step_refuses_what_would_be_broadcast(changes, message):
     shapes: Any = {"state": (2, 2, 4, 6, 5), "x": (2, 4, 6), "dt": (2, 2, 4), "A": (2, 4), "B": (2, 2, 2, 5)}
     shapes |= {"C": (2, 2, 2, 5), "D": (2, 4), "z": (2, 4, 6), "dt_bias": (2, 4)}
 
-    def step(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        return ssd_step(**{name: None if shape is None else torch.zeros(shape) for name, shape in given.items()})
+    def step(given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tensors: Any = {name: None if shape is None else torch.zeros(shape) for name, shape in given.items()}
+        return ssd_step(**tensors)
 
     assert [t.shape for t in step(shapes)] == [(2, 2, 4, 6), (2, 2, 4, 6, 5)]
     with pytest.raises(ValueError, match=message):
