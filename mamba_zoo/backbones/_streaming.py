@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -148,10 +148,14 @@ def stream(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
 
     Args:
         model: With `init_state`, and `step` or, for models of tokens, `extend`.
-        chunks: Waveforms `(b, n)`, or tokens `(b, l, d)`.
+        chunks: Waveforms `(b, n)`, or tokens `(b, l, d)`; those of no sample or token are passed over.
 
-    Yields:
+    Returns:
         The output, in chunks; together they are what the model makes of the whole signal.
+
+    Raises:
+        TypeError: the model has no memory to stream with.
+        ValueError: it has one, but was built to look ahead.
 
     Example:
         >>> import mamba_zoo
@@ -161,10 +165,22 @@ def stream(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         >>> torch.allclose(whole, model(x), atol=1e-6)
         True
     """
-    advance = getattr(model, "extend", None) or model.step
+    advance = getattr(model, "extend", None) or getattr(model, "step", None)
+    if advance is None or not hasattr(model, "init_state"):
+        raise TypeError(
+            f"{type(model).__name__} cannot be streamed: it has no init_state with extend or step; causal models have, "
+            "such as 'mamba_sequence', or 'semamba_mini' with causal=True"
+        )
+    model.init_state(1)  # a model that looks ahead refuses here, not at the first chunk
+    return _outputs(model, advance, chunks)
+
+
+def _outputs(model: Any, advance: Callable[..., Any], chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     state: Any = None
     total = out = 0
     for chunk in chunks:
+        if chunk.shape[1] == 0:
+            continue
         if state is None:
             state = model.init_state(len(chunk))
         with torch.no_grad():

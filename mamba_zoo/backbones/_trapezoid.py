@@ -68,8 +68,13 @@ def trapezoid(
     Returns:
         `(b, l, k, h, p)`, or `(b, l, k, h, s, p)`, without k with `reduce`; with `memory` also that after the last
         token.
+
+    Raises:
+        ValueError: no token, or what `kernels.ssd` refuses.
     """
     b, l, k, _ = dt.shape
+    if l == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, l, ...) with l >= 1")
     single = B.dim() == 5
     if single:
         x, B, C = x.unsqueeze(-2), B.unsqueeze(-2), C.unsqueeze(-2)

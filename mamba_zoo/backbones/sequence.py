@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._block import AddNormBlock, RMSNorm
@@ -72,9 +71,10 @@ class MambaSequence(CausalStack):
         return super().step(self._checked(x, 2), state)
 
     def _checked(self, x: Tensor, dims: int) -> Tensor:
-        if x.dim() != dims or x.shape[-1] != self.in_chans or not torch.numel(x):
-            shape = "(b, l, c)" if dims == 3 else "(b, c)"
-            raise ValueError(f"input has shape {tuple(x.shape)}, expected {shape} with c = {self.in_chans} values")
+        if x.dim() != dims or x.shape[-1] != self.in_chans or 0 in x.shape[1:]:
+            axes, least = ("(b, l, c)", " and l >= 1") if dims == 3 else ("(b, c)", "")
+            wanted = f"{axes} with c = {self.in_chans} values{least}"
+            raise ValueError(f"input has shape {tuple(x.shape)}, expected {wanted}")
         return x
 
 

@@ -168,6 +168,50 @@ def test_models_that_look_ahead_refuse():
         causal().step(torch.zeros(2, 4), causal().init_state(1))
 
 
+@pytest.mark.parametrize("name", ["vim_mini", "spmamba_mini", "s_mamba"])
+def test_models_without_a_memory_are_refused_before_the_first_chunk(name):
+    model: Any = mamba_zoo.create_model(name, device="meta")
+    with pytest.raises(TypeError, match=f"{type(model).__name__} cannot be streamed: it has no .*init_state"):
+        stream(model, [])
+
+
+def test_models_whose_settings_look_ahead_are_refused_before_the_first_chunk():
+    with pytest.raises(ValueError, match="built with causal=True"):
+        stream(mamba_zoo.create_model("semamba_mini", dim=8, depth=1), [])
+    with pytest.raises(ValueError, match="a stream needs scan='forward'"):
+        stream(mamba_zoo.create_model("series_mamba", dim=8, depth=1), [])
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "mamba3", "mamba3_mimo"])
+def test_empty_chunks_are_passed_over(mixer):
+    model: Any = mamba_zoo.create_model("mamba_sequence", dim=16, depth=1, mixer=mixer).eval()
+    x = torch.randn(2, 9, 1)
+    found = list(stream(model, [x[:, :0], x[:, :4], x[:, :0], x[:, 4:], x[:, :0]]))
+    assert [y.shape[1] for y in found] == [4, 5]
+    torch.testing.assert_close(torch.cat(found, 1), model(x), rtol=1e-4, atol=1e-5)
+    assert list(stream(model, [x[:, :0]])) == []
+    with pytest.raises(ValueError, match=r"\(2, 0, 1\), expected \(b, l, c\) with c = 1 values and l >= 1"):
+        model.extend(x[:, :0], model.init_state(2))
+    layer: Any = model.blocks[0].mixer
+    with pytest.raises(ValueError, match=r"l >= 1"):
+        layer.extend(torch.zeros(2, 0, 16), layer.init_state(2))
+
+
+def test_a_layer_of_mamba3_takes_no_empty_chunk():
+    layer: Any = mamba_zoo.create_model("mamba3", dim=16, head_dim=8)
+    with pytest.raises(ValueError, match="l >= 1"):
+        layer.extend(torch.zeros(2, 0, 16), layer.init_state(2))
+    assert list(stream(layer, [torch.zeros(2, 0, 16)])) == []
+
+
+def test_an_enhancer_passes_over_empty_chunks():
+    model, wave = causal(), torch.randn(1, 900)
+    found = list(stream(model, [wave[:, :0], wave[:, :500], wave[:, :0], wave[:, 500:]]))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(found, 1), model(wave), rtol=1e-3, atol=1e-4)
+    assert list(stream(model, [wave[:, :0]])) == []
+
+
 def test_a_state_holds_no_more_than_it_shows():
     model = causal()
     _, state = model.step(torch.randn(1, 4096), model.init_state(1))
