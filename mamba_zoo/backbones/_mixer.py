@@ -157,13 +157,13 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map `(b, h, w, dim)` to one of the same shape."""
-        b, h, w, _ = x.shape
+        _, h, w, _ = x.shape
         x = self.in_proj(x)
         x, z = x.chunk(2, dim=-1) if self.gate else (x, None)
         y = u = self.conv(x)
         if self.ssm is not None:
             with again(self.conv, u, x):
-                y = self.visit(self.ssm, u.reshape(b, h * w, -1), (h, w)).unflatten(1, (h, w))
+                y = self.visit(self.ssm, u.flatten(1, 2), (h, w)).unflatten(1, (h, w))
         normed = self.out_norm(y, narrow=True).to(u.dtype)
         if z is not None:
             return self.out_proj(normed * F.silu(z))

@@ -218,8 +218,8 @@ class PointBackbone(Backbone, PublishedForm):
         """Raise ValueError unless `x` is clouds `(b, n, 3)`."""
         if x.dim() != 3 or x.shape[-1] != 3 or not len(x):
             raise ValueError(
-                f"a cloud must be (b, n, 3), points by coordinates, not {tuple(x.shape)}; further features of a point "
-                "go into `features=`, if the model has any"
+                f"clouds must be (b, n, 3) with b >= 1, points by coordinates, not {tuple(x.shape)}; further features "
+                "of a point go into `features=`, if the model has any"
             )
 
 
@@ -265,8 +265,8 @@ def told_shapes(shape: Tensor | None, clouds: int, num_shapes: int) -> Tensor | 
         raise ValueError(f"this model takes {wanted} of every cloud's shape, but shape={shape!r}")
     if shape.shape != (clouds,) or shape.is_floating_point():
         raise ValueError(f"shape must be {clouds} integers (b,), not {shape.dtype} {tuple(shape.shape)}")
-    # On a GPU, the look would wait for the device.
-    if not shape.is_cuda and not shape.is_meta and not 0 <= int(shape.min()) <= int(shape.max()) < num_shapes:
+    looked_at = clouds > 0 and not shape.is_cuda and not shape.is_meta  # on a GPU, the look would wait for the device
+    if looked_at and not 0 <= int(shape.min()) <= int(shape.max()) < num_shapes:
         raise ValueError(f"shape holds {int(shape.min())} to {int(shape.max())}; this model takes {wanted}")
     return nn.functional.one_hot(shape.long(), num_shapes)
 

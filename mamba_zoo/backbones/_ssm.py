@@ -152,7 +152,8 @@ class SelectiveSSM(nn.Module):
             `(b, l, k, d)`, or `(b, l, d)` with `reduce`; float32 when the tokens are float16, whose sums over
             directions and states overflow, otherwise in their dtype.
         """
-        if self.dt_bias.shape[-1] == 1 and cu_seqlens is None and (order is None or order.dim() == 2):
+        alike = cu_seqlens is None and (order is None or order.dim() == 2)
+        if self.dt_bias.shape[-1] == 1 and alike and u.shape[0]:  # a scan has a channel at least
             return self._one_channel(u, z, order, reduce)
         alone = u.shape[1] == 1 and cu_seqlens is None and (order is None or order.shape[-1] == 1)
         x_proj, dt_proj = self.x_proj, self.dt_proj

@@ -103,7 +103,7 @@ class TimeMachine(SeriesModel):
         b, _, v = x.shape
         x = x.transpose(1, 2)
         if self.independent:
-            x = x.reshape(b * v, 1, -1)
+            x = x.flatten(0, 1)[:, None]
         first = self.lin1(x)
         kept = self.dropout(first)
         fine = self._mix("mamba3", kept) + self._mix_values("mamba4", kept)
@@ -111,7 +111,7 @@ class TimeMachine(SeriesModel):
         kept = self.dropout(second)
         coarse = self._mix_values("mamba1", kept) + second + self._mix("mamba2", kept)
         tokens = torch.cat([self.lin3(coarse) + first, fine], dim=-1)
-        return tokens.reshape(b, v, -1)
+        return tokens.reshape(b, v, tokens.shape[-1])
 
     def _mix_values(self, name: str, x: Tensor) -> Tensor:
         """Along the values of an embedding if the variates are independent, else along the variates."""

@@ -34,6 +34,19 @@ def conv_gradients(seed: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("n", [5, 1])
+@pytest.mark.parametrize(("k", "d"), [(1, 70), (3, 5)])
+@pytest.mark.parametrize("reduce", [None, "sum"])
+def test_no_samples_have_gradients_of_zero(n, k, d, reduce):
+    problem = make_problem(b=0, l=9, k=k, d=d, n=n, reduce=reduce, state=True)
+    found, _ = solve(problem, backend="cpu")
+    assert found["y"].shape == ((0, 9, d) if reduce else (0, 9, k, d))
+    for name in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"):
+        gradient = found[f"gradient of {name}"]
+        assert gradient.shape == problem[name].shape
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("n", [5, 1])
 @pytest.mark.parametrize("reduce", [None, "sum"])
 def test_any_number_of_threads_gives_the_same_bits(threads, reduce, n):
     problem = make_problem(b=3, l=70, k=3, d=150, n=n, reduce=reduce, state=True)

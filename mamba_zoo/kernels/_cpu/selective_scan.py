@@ -87,8 +87,8 @@ def backward(s: ScanArgs, dy: Tensor, dfinal: Tensor | None, saved: Tensor) -> d
 
 def _cut(s: ScanArgs, split: bool) -> tuple[int, int]:
     """Groups of rows, and channel blocks per work item, of the backward: by shape alone, so that results are too."""
-    row_groups = min(s.states, 32)
-    wanted = -(-16 // (row_groups * (s.k if split else 1)))  # enough items for a laptop's cores
+    row_groups = min(s.states, 32)  # 0 of a batch without samples, which has no items
+    wanted = -(-16 // max(row_groups * (s.k if split else 1), 1))  # enough items for a laptop's cores
     return row_groups, -(-_blocks(s) // wanted)
 
 
