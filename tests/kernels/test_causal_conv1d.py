@@ -215,11 +215,12 @@ def test_step_of_several_directions():
     ids=str,
 )
 def test_a_step_refuses_what_would_be_broadcast(changes, message):
-    shapes: dict[str, Any] = {"state": (2, 3, 5, 3), "x": (2, 5), "weight": (3, 5, 4), "bias": (3, 5)}
-    y, state = causal_conv1d_step(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+    step: Any = causal_conv1d_step
+    shapes: Any = {"state": (2, 3, 5, 3), "x": (2, 5), "weight": (3, 5, 4), "bias": (3, 5)}
+    y, state = step(**{name: torch.zeros(shape) for name, shape in shapes.items()})
     assert (y.shape, state.shape) == ((2, 3, 5), (2, 3, 5, 3))
     with pytest.raises(ValueError, match=message):
-        causal_conv1d_step(**{name: torch.zeros(shape) for name, shape in (shapes | changes).items()})
+        step(**{name: torch.zeros(shape) for name, shape in (shapes | changes).items()})
 
 
 def test_autocast_casts_only_the_tokens(device):

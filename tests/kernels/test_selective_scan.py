@@ -178,12 +178,13 @@ def test_step_continues_a_scan(backend):
     ids=str,
 )
 def test_a_step_refuses_what_would_be_broadcast(changes, message):
+    step: Any = selective_scan_step
     shapes: Any = {"state": (2, 2, 3, 4), "u": (2, 3), "dt": (2, 2, 3), "A": (2, 3, 4), "B": (2, 2, 4), "C": (2, 2, 4)}
     shapes |= {"D": (2, 3), "z": (2, 3), "dt_bias": (2, 3)}
-    y, state = selective_scan_step(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+    y, state = step(**{name: torch.zeros(shape) for name, shape in shapes.items()})
     assert (y.shape, state.shape) == ((2, 2, 3), (2, 2, 3, 4))
     with pytest.raises(ValueError, match=message):
-        selective_scan_step(**{name: torch.zeros(shape) for name, shape in (shapes | changes).items()})
+        step(**{name: torch.zeros(shape) for name, shape in (shapes | changes).items()})
 
 
 def test_chunks_with_state_equal_the_whole(backend):
