@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ._graph_files import KARATE
+from ._graph_pairs import draw_apart, first_of, pairs_of
 from .graph_data import GraphSource, Items, Positions
 from .graph_nodes import NodeData, normalized
 
@@ -19,6 +20,7 @@ from .graph_nodes import NodeData, normalized
 class EdgeData(NodeData):
     """One graph some of whose edges are hidden: pairs of nodes that are joined, and as many that are not.
 
+    An edge that is given in both directions is one pair, hidden as a whole; of rows of the same edge the first counts.
     Training pairs that are not joined are drawn anew at every step. See `NodeData` for the other arguments.
 
     Args:
@@ -54,27 +56,44 @@ class EdgeData(NodeData):
         self.save_hyperparameters(logger=False)
 
     def parts(self) -> dict[str, Dataset]:
-        """The graph with the pairs of each split."""
-        from torch_geometric.transforms import RandomLinkSplit
-        from torch_geometric.utils import is_undirected
+        """The graph with the pairs of each split.
 
+        Raises:
+            ValueError: too few edges, or a graph that joins all of its nodes.
+        """
         data = self.graph
         if self.row_normalize:
             data.x = normalized(data.x)
-        both = bool(is_undirected(data.edge_index))
-        split = RandomLinkSplit(
-            self.val_fraction, self.test_fraction, is_undirected=both, add_negative_train_samples=False
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.split_seed)
-            state = np.random.get_state()
-            np.random.seed(self.split_seed)
-            parts = split(data)
-            np.random.set_state(state)
+        once = first_of(data.edge_index[0] * data.num_nodes + data.edge_index[1])[1]
+        edges = data.edge_index[:, once]
+        pair, stands = pairs_of(edges)
+        loop = edges[0] == edges[1]  # neither hidden nor asked for, as they are never among the pairs that are apart
+        asked = (~loop[stands]).nonzero()[:, 0]
+        asked = asked[torch.randperm(len(asked), generator=torch.Generator().manual_seed(self.split_seed))]
+        val, test = int(self.val_fraction * len(asked)), int(self.test_fraction * len(asked))
+        train = len(asked) - val - test
+        if min(val, test, train) < 1:
+            raise ValueError(
+                f"{self.root} joins {len(asked)} pairs of nodes, of which val_fraction={self.val_fraction} and "
+                f"test_fraction={self.test_fraction} leave {train} to train, {val} to validate and {test} to test on; "
+                "every part needs some"
+            )
+        apart = draw_apart(edges, data.num_nodes, val + test, np.random.default_rng(self.split_seed))
+        if apart.shape[1] < 2:
+            raise ValueError(f"{self.root} joins all of its {data.num_nodes} nodes; there is nothing to tell apart")
+        others = apart.tensor_split((val * apart.shape[1] // (val + test),), dim=1)
         found: dict[str, Dataset] = {}
-        for part, graph in zip(("train", "val", "test"), parts, strict=True):
-            item = (graph, graph.edge_label.long())
-            found[part] = TrainingPairs(graph, self.steps_per_epoch) if part == "train" else Items([item])
+        for part, shown, first in (("train", train, 0), ("val", train, train), ("test", train + val, train + val)):
+            seen = loop.clone()
+            seen[torch.isin(pair, asked[:shown])] = True
+            graph = _with_edges(data, once[seen])
+            last = first + {"train": train, "val": val, "test": test}[part]
+            joined = edges[:, stands[asked[first:last]]]
+            if part == "train":
+                found[part] = TrainingPairs(graph, joined, self.steps_per_epoch)
+                continue
+            graph.edge_label_index, labels = _labelled(joined, others[part == "test"])
+            found[part] = Items([(graph, labels)])
         return found
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -89,9 +108,8 @@ class EdgeData(NodeData):
 class TrainingPairs(Dataset):
     """The graph of the training edges, with its joined pairs and as many others, drawn anew for each item."""
 
-    def __init__(self, data: Any, length: int) -> None:
-        self.data, self.length = data, length
-        self.joined = data.edge_label_index
+    def __init__(self, data: Any, joined: Tensor, length: int) -> None:
+        self.data, self.joined, self.length = data, joined, length
 
     def __len__(self) -> int:
         return self.length
@@ -99,10 +117,22 @@ class TrainingPairs(Dataset):
     def __getitem__(self, i: int) -> tuple[Any, Tensor]:
         if i >= self.length:
             raise IndexError(i)
-        from torch_geometric.utils import negative_sampling
-
-        count = self.joined.shape[1]
-        others = negative_sampling(self.data.edge_index, self.data.num_nodes, count)
+        draw = np.random.default_rng(int(torch.randint(2**62, ())))
+        others = draw_apart(self.data.edge_index, self.data.num_nodes, self.joined.shape[1], draw)
         data = copy.copy(self.data)
-        data.edge_label_index = torch.cat([self.joined, others], dim=1)
-        return data, torch.cat([torch.ones(count), torch.zeros(others.shape[1])]).long()
+        data.edge_label_index, labels = _labelled(self.joined, others)
+        return data, labels
+
+
+def _labelled(joined: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs `(2, p)`, and 1 for those that are joined, 0 for the others."""
+    labels = torch.cat([torch.ones(joined.shape[1]), torch.zeros(apart.shape[1])]).long()
+    return torch.cat([joined, apart], dim=1), labels
+
+
+def _with_edges(data: Any, index: Tensor) -> Any:
+    """The graph with some of its edges only, and what is known of them."""
+    graph = copy.copy(data)
+    for key in data.edge_attrs():
+        graph[key] = data.edge_index[:, index] if key == "edge_index" else data[key][index]
+    return graph

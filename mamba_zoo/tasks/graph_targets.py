@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ._graph_files import TIES
+from ._graph_pairs import first_of, pairs_of
 from .graph_data import GraphSource, Items, Positions
 from .graph_nodes import NodeData, normalized
 
@@ -79,7 +80,9 @@ class NodeTargetData(NodeData):
 
 
 class EdgeTargetData(NodeTargetData):
-    """One graph whose edges have a number each; an edge given in both directions is one item.
+    """One graph whose edges have a number each.
+
+    An edge that is given in both directions is one item, or two if it has two numbers; both are of one part.
 
     Args:
         root: "karate-ties", the strength of each tie of Zachary's karate club; or a folder whose `edges.csv` has a
@@ -119,21 +122,21 @@ class EdgeTargetData(NodeTargetData):
 
     def parts(self) -> dict[str, Dataset]:
         """The graph with the edges of each split, and their numbers."""
-        from torch_geometric.utils import is_undirected
-
         data = self.graph
         if data.get("edge_target") is None:
             raise ValueError(f"the edges of {self.root} have no labels to predict")
         if self.row_normalize:
             data.x = normalized(data.x)
-        source, target = data.edge_index
-        both = is_undirected(data.edge_index, data.edge_target)
-        once = (source <= target).nonzero()[:, 0] if both else torch.arange(len(source))
-        drawn = once[torch.randperm(len(once), generator=torch.Generator().manual_seed(self.split_seed))]
-        test, val = round(self.test_fraction * len(once)), round(self.val_fraction * len(once))
+        pair, stands = pairs_of(data.edge_index)
+        number = first_of(data.edge_target)[0]
+        asked = first_of(pair * len(pair) + number)[1]  # a number that an edge has in both directions is asked for once
+        first = stands[pair[asked]]
+        asked = torch.where(data.edge_target[asked] == data.edge_target[first], first, asked)
+        drawn = torch.randperm(len(stands), generator=torch.Generator().manual_seed(self.split_seed))
+        test, val = round(self.test_fraction * len(stands)), round(self.val_fraction * len(stands))
         found: dict[str, Dataset] = {}
-        for part, edges in zip(("test", "val", "train"), drawn.tensor_split((test, test + val)), strict=True):
-            edges = edges.sort().values
+        for part, pairs in zip(("test", "val", "train"), drawn.tensor_split((test, test + val)), strict=True):
+            edges = asked[torch.isin(pair[asked], pairs)].sort().values
             graph = copy.copy(data)
             graph.edge_label_index = data.edge_index[:, edges]
             item = (graph, data.edge_target[edges])

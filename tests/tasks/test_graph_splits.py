@@ -1,0 +1,84 @@
+"""What training, validation and test see of a graph, and of a set of graphs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mamba_zoo.tasks.graph_edges import EdgeData
+from mamba_zoo.tasks.graph_targets import EdgeTargetData
+
+
+def write_graph(folder: Path, nodes: list[str], edges: list[str]) -> str:
+    """Tables of rows as they are given; the first ones name the columns."""
+    folder.mkdir(exist_ok=True)
+    (folder / "nodes.csv").write_text("\n".join(nodes) + "\n")
+    (folder / "edges.csv").write_text("\n".join(edges) + "\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize("rows", ["both ways", "one way", "all but one both ways", "twice", "with loops"])
+def test_a_hidden_edge_is_hidden_in_every_row(rows, tmp_path):
+    draw = np.random.default_rng(0)
+    once = sorted({(int(a), int(b)) for a, b in np.sort(draw.integers(0, 40, (120, 2))) if a != b})
+    both = [pair for a, b in once for pair in ((a, b), (b, a))]
+    found = {"both ways": both, "one way": once, "all but one both ways": both[:-1], "twice": both * 2,
+             "with loops": [*both, *((a, a) for a in range(40))]}[rows]  # fmt: skip
+    edges = ["source,target,row", *(f"{a},{b},{i}" for i, (a, b) in enumerate(found))]
+    root = write_graph(tmp_path, ["x", *(["1"] * 40)], edges)
+    data, parts = EdgeData(root, val_fraction=0.2, test_fraction=0.2), []
+    for part in ("val", "test"):
+        graph, labels = data.split(part)[0]  # type: ignore[arg-type]
+        shown = {frozenset(pair) for pair in graph.edge_index.T.tolist()}
+        joined = {frozenset(pair) for pair in graph.edge_label_index.T[labels == 1].tolist()}
+        apart = {frozenset(pair) for pair in graph.edge_label_index.T[labels == 0].tolist()}
+        assert len(joined) == len(apart) == labels.sum() == len(once) // 5
+        assert not joined & shown
+        assert not apart & {frozenset(pair) for pair in once}
+        assert [found[int(row)] for row in graph.edge_attr[:, 0]] == list(map(tuple, graph.edge_index.T.tolist()))
+        again, _ = EdgeData(root, val_fraction=0.2, test_fraction=0.2).split(part)[0]  # type: ignore[arg-type]
+        assert torch.equal(graph.edge_label_index, again.edge_label_index), "a seed asks for the same pairs"
+        parts.append(joined)
+    assert not parts[0] & parts[1]
+    training = data.split("train")
+    graph, labels = training[0]
+    visible = {frozenset(pair) for pair in training.data.edge_index.T.tolist()}
+    assert not visible & (parts[0] | parts[1])
+    assert not visible & {frozenset(pair) for pair in graph.edge_label_index.T[labels == 0].tolist()}
+    edges = ["source,target,label", *(f"{a},{b},{min(a, b) + 50 * max(a, b)}.5" for a, b in found)]
+    numbers = EdgeTargetData(write_graph(tmp_path, ["x", *(["1"] * 40)], edges))
+    asked = [numbers.split(part)[0][0].edge_label_index.T.tolist() for part in ("train", "val", "test")]
+    pairs = [{frozenset(pair) for pair in part} for part in asked]
+    assert sum(map(len, asked)) == len(set.union(*pairs)) == len({frozenset(pair) for pair in found})
+
+
+def test_pairs_that_are_asked_for_stay_those_of_pyg():
+    from torch_geometric.transforms import RandomLinkSplit
+
+    data = EdgeData(val_fraction=0.1, split_seed=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        parts = RandomLinkSplit(0.1, 0.1, is_undirected=True, add_negative_train_samples=False)(data.graph)
+    for part, theirs in zip(("val", "test"), parts[1:], strict=True):
+        ours, labels = data.split(part)[0]  # type: ignore[arg-type]
+        assert torch.equal(ours.edge_label_index[:, labels == 1], theirs.edge_label_index[:, theirs.edge_label == 1])
+
+
+def test_edges_that_cannot_be_asked_for_are_refused(tmp_path):
+    few = write_graph(tmp_path / "few", ["x", "1", "1", "1"], ["source,target", "0,1", "1,0", "1,2"])
+    with pytest.raises(ValueError, match=r"joins 2 pairs of nodes, of which val_fraction=0\.05"):
+        EdgeData(few).setup()
+    full = [f"{a},{b}" for a in range(8) for b in range(8) if a != b]
+    root = write_graph(tmp_path / "full", ["x", *(["1"] * 8)], ["source,target", *full])
+    with pytest.raises(ValueError, match="joins all of its 8 nodes"):
+        EdgeData(root, val_fraction=0.2).setup()
+
+
+def test_numbers_of_both_directions_are_of_one_part(tmp_path):
+    edges = [f"{a},{a + 1},{a}.5\n{a + 1},{a},{a + 100}.5" for a in range(30)]
+    data = EdgeTargetData(write_graph(tmp_path, ["x", *(["1"] * 31)], ["source,target,label", *edges]))
+    asked = {part: data.split(part)[0][0].edge_label_index.T.tolist() for part in ("train", "val", "test")}
+    assert sum(map(len, asked.values())) == 60, "edges with a number of their own are all asked for"
+    pairs = [{frozenset(pair) for pair in part} for part in asked.values()]
+    assert sum(map(len, pairs)) == 30
