@@ -125,11 +125,22 @@ def read_pairs(path: Path, nodes: int) -> torch.Tensor:
     return found
 
 
+def add_degree_profile(data: Any) -> Any:
+    """The graph, its features the degree of each node and what the degrees of its neighbours are like (PyG's profile).
+
+    `degree_profile` says so in the graph: whoever hides edges makes them anew, of those that are left.
+    """
+    from torch_geometric.transforms import LocalDegreeProfile
+
+    data.num_nodes = data.num_nodes
+    data.x, data.degree_profile = None, True
+    return LocalDegreeProfile()(data)
+
+
 def _ties() -> Any:
     """Zachary's karate club; targets are the strength of each tie, and of all ties of each member."""
     import networkx
     from torch_geometric.data import Data
-    from torch_geometric.transforms import LocalDegreeProfile
 
     graph = networkx.karate_club_graph()
     pairs = torch.tensor([(a, b) for a, b in graph.edges()]).T
@@ -137,7 +148,7 @@ def _ties() -> Any:
     edges = torch.cat([pairs, pairs.flip(0)], dim=1)
     strength = torch.zeros(len(graph)).index_add(0, edges[0], weight)
     data = Data(edge_index=edges, y=strength, edge_target=weight, num_nodes=len(graph))
-    return LocalDegreeProfile()(data)
+    return add_degree_profile(data)
 
 
 def _digits(tags: bool) -> list[Any]:
@@ -194,7 +205,7 @@ def _of_library(kind: str, name: str, download_dir: str) -> list[Any]:
         found = [dataset[i] for i in range(len(dataset))]
     for data in found:
         if data.x is None:
-            _add_degree_profile(data)
+            add_degree_profile(data)
     return found
 
 
@@ -227,13 +238,6 @@ def _splits(kind: Any, root: str, name: str) -> list[Any]:
             data.split_name = split
             found.append(data)
     return found
-
-
-def _add_degree_profile(data: Any) -> None:
-    from torch_geometric.transforms import LocalDegreeProfile
-
-    data.num_nodes = data.num_nodes
-    LocalDegreeProfile()(data)
 
 
 def _table(path: Path) -> dict[str, list[str]]:

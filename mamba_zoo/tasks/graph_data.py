@@ -241,7 +241,7 @@ class GraphData(GraphSource):
     def _plain(data: Any) -> Any:
         """A copy without what does not go into batches."""
         data = data.clone()
-        for key in ("split_name", "smiles", "split_of_node", "target_names"):
+        for key in ("split_name", "smiles", "split_of_node", "target_names", "degree_profile"):
             if key in data:
                 del data[key]
         return data

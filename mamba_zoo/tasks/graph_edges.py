@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ._graph_files import KARATE
+from ._graph_files import KARATE, add_degree_profile
 from ._graph_pairs import draw_apart, first_of, pairs_of
 from .graph_data import GraphSource, Items, Positions
 from .graph_nodes import NodeData, normalized
@@ -43,7 +43,7 @@ class EdgeData(NodeData):
         root: str = KARATE,
         pe: Positions = "none",
         pe_steps: int = 16,
-        row_normalize: bool = True,
+        row_normalize: bool = False,
         steps_per_epoch: int = 10,
         val_fraction: float = 0.05,
         test_fraction: float = 0.1,
@@ -62,8 +62,6 @@ class EdgeData(NodeData):
             ValueError: too few edges, or a graph that joins all of its nodes.
         """
         data = self.graph
-        if self.row_normalize:
-            data.x = normalized(data.x)
         once = first_of(data.edge_index[0] * data.num_nodes + data.edge_index[1])[1]
         edges = data.edge_index[:, once]
         pair, stands = pairs_of(edges)
@@ -87,6 +85,8 @@ class EdgeData(NodeData):
             seen = loop.clone()
             seen[torch.isin(pair, asked[:shown])] = True
             graph = _with_edges(data, once[seen])
+            if self.row_normalize:
+                graph.x = normalized(graph.x)
             last = first + {"train": train, "val": val, "test": test}[part]
             joined = edges[:, stands[asked[first:last]]]
             if part == "train":
@@ -131,8 +131,8 @@ def _labelled(joined: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_edges(data: Any, index: Tensor) -> Any:
-    """The graph with some of its edges only, and what is known of them."""
+    """The graph with some of its edges only, and what is known of them; degrees are those that they make."""
     graph = copy.copy(data)
     for key in data.edge_attrs():
         graph[key] = data.edge_index[:, index] if key == "edge_index" else data[key][index]
-    return graph
+    return add_degree_profile(graph) if data.get("degree_profile") else graph

@@ -26,7 +26,7 @@ class NodeData(GraphSource):
         root: "karate", "planetoid:Cora" and its like with their public splits, any other of PyG's, or a folder.
         pe: See `GraphSource`, as for all that are not described here.
         pe_steps: See `GraphSource`.
-        row_normalize: Scale every node's features to a sum of 1, as is usual for bags of words.
+        row_normalize: Scale every node's features to a sum of 1, as is usual for bags of words; for nothing else.
         steps_per_epoch: Steps an epoch, each over the whole graph.
         split_seed: See `GraphSource`; a graph without validation or test nodes has them drawn from the unused ones. Of
             several splits that a data set comes with, the number of the one that is taken.
@@ -44,7 +44,7 @@ class NodeData(GraphSource):
         root: str = KARATE,
         pe: Positions = "none",
         pe_steps: int = 16,
-        row_normalize: bool = True,
+        row_normalize: bool = False,
         steps_per_epoch: int = 10,
         split_seed: int = 0,
         num_workers: int = 0,
@@ -223,7 +223,16 @@ class NodeData(GraphSource):
 
 
 def normalized(x: Tensor) -> Tensor:
-    """Rows of counts or weights `(n, features)` scaled to a sum of 1; rows of zeros stay."""
+    """Rows of counts or weights `(n, features)` scaled to a sum of 1; rows of zeros stay.
+
+    Raises:
+        ValueError: features below 0, which have no such scale.
+    """
+    if len(x) and x.min() < 0:
+        raise ValueError(
+            f"row_normalize=True scales counts or weights to a sum of 1, but features of these nodes go down to "
+            f"{float(x.min()):.4g}; train with row_normalize=False"
+        )
     total = x.sum(1, keepdim=True)
     return x / torch.where(total == 0, 1.0, total)
 

@@ -102,7 +102,7 @@ TASKS: dict[str, TaskEntry] = {
     ),
     "edge-classification": TaskEntry(
         ".graph:EdgeClassifier", ".graph_edges:EdgeData", "say which nodes of a graph are joined",
-        (("karate", "graph_karate_edges"), (".*", "graph_cora_edges")),
+        (("karate", "graph_karate_edges"), (r"planetoid:.*", "graph_cora_edges"), (".*", "graph_karate_edges")),
     ),
     "node-regression": TaskEntry(
         ".graph_regression:NodeRegressor", ".graph_targets:NodeTargetData", "read numbers off the nodes of a graph",

@@ -5,9 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mamba_zoo.tasks.graph_edges import EdgeData
+from mamba_zoo.tasks.graph_nodes import NodeData
 from mamba_zoo.tasks.graph_targets import EdgeTargetData
+from mamba_zoo.tasks.recipes import shipped
+from mamba_zoo.tasks.registry import find_task
 
 
 def write_graph(folder: Path, nodes: list[str], edges: list[str]) -> str:
@@ -82,3 +86,29 @@ def test_numbers_of_both_directions_are_of_one_part(tmp_path):
     assert sum(map(len, asked.values())) == 60, "edges with a number of their own are all asked for"
     pairs = [{frozenset(pair) for pair in part} for part in asked.values()]
     assert sum(map(len, pairs)) == 30
+
+
+def test_degrees_are_those_of_the_edges_that_are_shown():
+    data = EdgeData("karate-ties", val_fraction=0.2, test_fraction=0.2)
+    for graph in data.all_graphs():
+        assert graph.x[:, 0].tolist() == torch.bincount(graph.edge_index[0], minlength=34).tolist()
+    assert data.split("train").data.edge_index.shape[1] < data.graph.edge_index.shape[1] == data.graph.x[:, 0].sum()
+
+
+@pytest.mark.parametrize("kind", [NodeData, EdgeData])
+def test_features_stay_as_they_are_given(kind, tmp_path):
+    nodes = ["label,x", *(f"{i % 2},{(i - 15) / 8}" for i in range(30))]
+    root = write_graph(tmp_path, nodes, ["source,target", *(f"{i},{(i + 1) % 30}" for i in range(30))])
+    given = torch.arange(-15, 15)[:, None] / 8
+    data = kind(root)
+    data.setup()
+    assert all(torch.equal(graph.x, given) for graph in data.all_graphs())
+    assert load_recipe("edge-classification", root).get("row_normalize", False) is False
+    assert load_recipe("edge-classification", "planetoid:Cora")["row_normalize"] is True
+    with pytest.raises(ValueError, match=r"features of these nodes go down to -1\.875; train with row_normalize=False"):
+        kind(root, row_normalize=True).setup()
+
+
+def load_recipe(task: str, root: str) -> dict[str, object]:
+    """What the recipe for a source says of the data."""
+    return yaml.safe_load(shipped()[find_task(task).recipe(root)].read_text())["data"]
