@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ MESHES = (".off", ".obj", ".stl", ".ply")
 CLOUDS = (".pcd", ".ply")
 LIDAR = (".las", ".laz")
 ENDINGS = tuple(dict.fromkeys((*ARRAYS, *MESHES, *CLOUDS, *LIDAR)))
+_FAR = 100  # distance in sizes of a cloud, up to which float32 tells points apart that are 1e-5 of the size apart
 
 
 class BadCloudError(ValueError):
@@ -29,14 +30,17 @@ class Cloud:
     """Points of one file.
 
     Attributes:
-        points: `(n, 3)` float32, in the units of the file.
+        points: `(n, 3)` float32, in the units of the file, from `origin`.
         normals: `(n, 3)` float32 of unit length, zero where a file has zeros, or None.
         labels: A number for every point, `(n,)` int64, or None.
+        origin: Where the points are counted from, `(3,)` float64: zeros, or the lowest corner of a cloud so far away
+            that float32 would not tell its points apart.
     """
 
     points: np.ndarray
     normals: np.ndarray | None = None
     labels: np.ndarray | None = None
+    origin: np.ndarray = field(default_factory=lambda: np.zeros(3))
 
     def __len__(self) -> int:
         return len(self.points)
@@ -49,6 +53,8 @@ class Cloud:
 
 def read_cloud(path: str | Path, count: int = 2048, seed: int = 0) -> Cloud:
     """The points of a file; of a mesh, `count` points of its surface, as many on equal areas.
+
+    Points of LiDAR, and of a cloud that is 100 times as far away as it is large, are counted from its lowest corner.
 
     Args:
         path: A mesh (`.off`, `.obj`, `.stl`, `.ply`), a cloud (`.pcd`, `.ply`, `.las`, `.laz`), or numbers
@@ -77,8 +83,9 @@ def read_cloud(path: str | Path, count: int = 2048, seed: int = 0) -> Cloud:
     points = cloud.points
     if points.ndim != 2 or points.shape[1] != 3 or not len(points):
         raise BadCloudError(f"{path} holds an array of shape {points.shape}; points are rows of three coordinates")
-    if not np.isfinite(points).all():
-        raise BadCloudError(f"{path} holds coordinates that are not finite")
+    if not (np.abs(points) <= np.finfo(np.float32).max).all():
+        raise BadCloudError(f"{path} holds coordinates that are not finite, or too large for float32")
+    cloud = _from_corner(cloud, always=ending in LIDAR)
     if cloud.normals is None:
         return cloud
     length = np.linalg.norm(cloud.normals, axis=1, keepdims=True)
@@ -102,7 +109,7 @@ def voxel_downsample(cloud: Cloud, voxel: float) -> Cloud:
         raise ValueError(f"voxel={voxel} must be positive, in the units of the points")
     found = _geometry(cloud).voxel_down_sample(voxel)
     normals = np.asarray(found.normals, dtype=np.float32) if cloud.normals is not None else None
-    return Cloud(np.asarray(found.points, dtype=np.float32), normals)
+    return Cloud(np.asarray(found.points, dtype=np.float32), normals, origin=cloud.origin)
 
 
 def resample(cloud: Cloud, count: int, seed: int = 0) -> Cloud:
@@ -159,6 +166,15 @@ def class_folders(root: Path, classes: Sequence[str] | None = None) -> tuple[lis
     return paths, targets, names
 
 
+def _from_corner(cloud: Cloud, always: bool) -> Cloud:
+    """The cloud as float32: surveyed coordinates are so large that their differences do not fit."""
+    points = cloud.points.astype(np.float64)
+    low, high = points.min(axis=0), points.max(axis=0)
+    far = max(np.abs(low).max(), np.abs(high).max()) > _FAR * (high - low).max()
+    origin = low if far or always else np.zeros(3)
+    return replace(cloud, points=(points - origin).astype(np.float32), origin=origin)
+
+
 def _read_arrays(path: Path) -> Cloud:
     try:
         if path.suffix.lower() == ".npz":
@@ -167,7 +183,7 @@ def _read_arrays(path: Path) -> Cloud:
                     raise BadCloudError(f"{path} holds {', '.join(file.files) or 'nothing'}, but no array 'points'")
                 normals = file["normals"].astype(np.float32) if "normals" in file else None
                 labels = file["labels"].astype(np.int64) if "labels" in file else None
-                return Cloud(file["points"].astype(np.float32), normals, labels)
+                return Cloud(file["points"].astype(np.float64), normals, labels)
         if path.suffix.lower() == ".npy":
             table = np.load(path, allow_pickle=False)
         else:
@@ -180,17 +196,15 @@ def _read_arrays(path: Path) -> Cloud:
     if table.ndim != 2 or table.shape[1] < 3:
         raise BadCloudError(f"{path} holds an array of shape {table.shape}; points are rows of three coordinates")
     normals = table[:, 3:6].astype(np.float32) if table.shape[1] == 6 else None
-    return Cloud(table[:, :3].astype(np.float32), normals)
+    return Cloud(table[:, :3].astype(np.float64), normals)
 
 
 def _read_las(path: Path) -> Cloud:
     laspy = _package("laspy", path)
     try:
-        points = np.asarray(laspy.read(path).xyz)
+        return Cloud(np.asarray(laspy.read(path).xyz, dtype=np.float64))
     except Exception as error:  # whatever laspy and its decompressors raise
         raise BadCloudError(f"{path} cannot be read by laspy: {error}") from error
-    # Surveyed coordinates are large: their differences do not fit float32, so the corner becomes the origin.
-    return Cloud((points - points.min(axis=0)).astype(np.float32))
 
 
 def _read_open3d(path: Path, count: int, seed: int) -> Cloud:
@@ -212,7 +226,7 @@ def _read_open3d(path: Path, count: int, seed: int) -> Cloud:
 
 def _cloud(found: Any) -> Cloud:
     normals = np.asarray(found.normals, dtype=np.float32) if found.has_normals() else None
-    return Cloud(np.asarray(found.points, dtype=np.float32), normals)
+    return Cloud(np.array(found.points), normals)
 
 
 def _geometry(cloud: Cloud) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +58,7 @@ def predict_parts(model: PartSegmenter, args: argparse.Namespace) -> str:
     out, device = args.out or Path("predictions"), _device(args)
     model = model.to(device).eval()
     shown: list[Any] = []
-    for path in paths:
+    for path, stem in zip(paths, _stems(paths, args.data, out), strict=True):
         label = _label(model, path, args.shape)
         cloud = _with_normals(model, read_cloud(path))
         # Drawn in another order, so that the pieces that the model reads are fair samples; and put back.
@@ -70,10 +72,9 @@ def predict_parts(model: PartSegmenter, args: argparse.Namespace) -> str:
                 raise ValueError(f"{path}: {error}") from None
         part -= sum(map(len, model.part_names[:label]))
         names = model.part_names[label]
-        stem = out / (path.stem if args.data.is_file() else path.relative_to(args.data).with_suffix(""))
         rows = [
-            {"x": f"{x:.6g}", "y": f"{y:.6g}", "z": f"{z:.6g}", "part": names[p]}
-            for (x, y, z), p in zip(cloud.points.tolist(), part.tolist(), strict=True)
+            {"x": x, "y": y, "z": z, "part": names[p]}
+            for (x, y, z), p in zip(written(cloud).tolist(), part.tolist(), strict=True)
         ]
         stem.parent.mkdir(parents=True, exist_ok=True)
         write_csv(stem.with_name(f"{stem.name}.csv"), rows)
@@ -81,6 +82,23 @@ def predict_parts(model: PartSegmenter, args: argparse.Namespace) -> str:
         shown.append((f"{path.name}: {model.class_names[label]}", cloud.points, part, names))
     write_viewer(shown, out / "parts.html")
     return f"{len(paths):,} clouds -> {out}: parts as CSV and PNG, and parts.html"
+
+
+def written(cloud: Cloud) -> np.ndarray:
+    """Coordinates as text `(n, 3)`, in the units and from the origin of the file, with all digits that are known."""
+    if not cloud.origin.any():
+        return cloud.points.astype(str)  # as few digits as read back the same
+    size = float(np.abs(cloud.points).max())
+    digits = 9 if size == 0 else max(0, math.ceil(-math.log10(np.spacing(np.float32(size)))))
+    return np.round(cloud.origin + cloud.points, digits).astype(str)
+
+
+def _stems(paths: Sequence[Path], data: Path, out: Path) -> list[Path]:
+    """Where the results of each file are written, less the file's ending unless another's would be written there."""
+    found = [path.name if data.is_file() else str(path.relative_to(data)) for path in paths]
+    bare = [str(Path(name).with_suffix("")) for name in found]
+    alone = [bare.count(short) == 1 and short not in found for short in bare]
+    return [out / (short if own else name) for name, short, own in zip(found, bare, alone, strict=True)]
 
 
 def _with_normals(model: PointTask, cloud: Cloud) -> Cloud:

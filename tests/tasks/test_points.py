@@ -25,6 +25,7 @@ from mamba_zoo.tasks.point_files import (
     to_unit_sphere,
     voxel_downsample,
 )
+from mamba_zoo.tasks.point_predict import written
 from mamba_zoo.tasks.point_pretraining import PointPretrainer
 from mamba_zoo.tasks.points import PartSegmenter, PointClassifier, shape_iou
 from mamba_zoo.tasks.registry import TASKS, load_task
@@ -87,6 +88,47 @@ def test_number_files(tmp_path):
             read_cloud(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         read_cloud(tmp_path / "none.npy")
+
+
+FAR = np.array([500000.0, 5400000.0, 100.0])
+
+
+def write_cloud(path: Path, points: np.ndarray) -> None:
+    """Coordinates in a format of their own."""
+    if path.suffix == ".npy":
+        np.save(path, points)
+    elif path.suffix == ".npz":
+        np.savez(path, points=points)
+    elif path.suffix in (".ply", ".pcd"):
+        o3d = pytest.importorskip("open3d")
+        cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points))
+        assert o3d.io.write_point_cloud(str(path), cloud, write_ascii=path.suffix == ".ply")
+    else:
+        np.savetxt(path, points, fmt="%.4f")
+
+
+@pytest.mark.parametrize("name", ["a.xyz", "a.txt", "a.pts", "a.npy", "a.npz", "a.ply"])
+def test_clouds_far_away_keep_their_shape(tmp_path, name):
+    if name == "a.ply" and importlib.util.find_spec("open3d") is None:
+        pytest.skip("Open3D is not installed")
+    points = (np.random.default_rng(0).normal(size=(200, 3)) * 0.3).round(4)
+    write_cloud(tmp_path / name, points)
+    near = read_cloud(tmp_path / name)
+    assert not near.origin.any()
+    np.testing.assert_array_equal(near.points, points.astype(np.float32))
+    np.testing.assert_array_equal(written(near).astype(np.float32), near.points)
+    write_cloud(tmp_path / name, points + FAR)
+    far = read_cloud(tmp_path / name)
+    np.testing.assert_allclose(to_unit_sphere(far.points), to_unit_sphere(near.points), atol=1e-6)
+    np.testing.assert_allclose(far.origin, (points + FAR).min(axis=0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(written(far).astype(float), points + FAR, rtol=0, atol=2e-7)
+    assert resample(far, 10).origin is far.origin
+
+
+def test_coordinates_beyond_float32_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[0.0, 0.0, 0.0], [1e40, 0.0, 0.0]]))
+    with pytest.raises(BadCloudError, match="not finite, or too large for float32"):
+        read_cloud(tmp_path / "a.npy")
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.off", "open3d"), ("a.pcd", "open3d"), ("a.las", "laspy")])
@@ -285,6 +327,16 @@ def test_parts_are_learned_and_drawn(bundle, folder, tmp_path):
     assert len(lines) == 97
     assert {line.rpartition(",")[2] for line in lines[1:]} <= {"low", "high"}
     assert (tmp_path / "out" / "0.png").stat().st_size > 5000
+    with np.load(some) as file:
+        np.save(tmp_path / "out" / "1.npy", file["points"] + FAR)
+        np.savetxt(tmp_path / "out" / "1.xyz", file["points"])
+        np.savetxt(tmp_path / "out" / "2.b.xyz", file["points"])
+        trained.predict_files(
+            argparse.Namespace(data=tmp_path / "out", out=tmp_path / "far", shape="rod", device="cpu")
+        )
+        assert {path.name for path in (tmp_path / "far").glob("*.csv")} == {"1.npy.csv", "1.xyz.csv", "2.b.csv"}
+        table = np.loadtxt(tmp_path / "far" / "1.npy.csv", delimiter=",", skiprows=1, usecols=(0, 1, 2))
+        np.testing.assert_allclose(table, file["points"] + FAR, rtol=0, atol=1e-6)
     page = (tmp_path / "out" / "parts.html").read_text()
     assert "http" not in page
     assert "0.npz: rod" in page
