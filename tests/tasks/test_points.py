@@ -99,10 +99,10 @@ def write_cloud(path: Path, points: np.ndarray) -> None:
         np.save(path, points)
     elif path.suffix == ".npz":
         np.savez(path, points=points)
-    elif path.suffix in (".ply", ".pcd"):
+    elif path.suffix == ".ply":
         o3d = pytest.importorskip("open3d")
         cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points))
-        assert o3d.io.write_point_cloud(str(path), cloud, write_ascii=path.suffix == ".ply")
+        assert o3d.io.write_point_cloud(str(path), cloud)
     else:
         np.savetxt(path, points, fmt="%.4f")
 
