@@ -252,7 +252,7 @@ class EdgeClassifier(NodeClassifier):
         Raises:
             ValueError: no pairs, or a node that does not exist.
         """
-        from ._graph_files import read_pairs
+        from ._graph_tables import read_pairs
 
         if args.pairs is None:
             raise ValueError("which pairs of nodes? Give --pairs FILE, a CSV with columns source and target")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from .epochs import EpochLoader
 
 Positions = Literal["none", "lap", "rwse"]
 _AT_ONCE = 1024  # graphs whose orders are computed together
+_EVERYWHERE = 20  # graphs of a class that are enough to have it in every part of 80, 10 and 10 percent
 
 
 class Items(Dataset):
@@ -141,6 +143,9 @@ class GraphData(GraphSource):
 
     Raises:
         ValueError: a fold that does not exist.
+
+    Warns:
+        UserWarning: folds that are not alike in their classes, one of which has fewer graphs than there are folds.
     """
 
     tells: ClassVar[Mapping[str, str]] = {**GraphSource.tells, "num_classes": "num_classes"}
@@ -212,6 +217,11 @@ class GraphData(GraphSource):
                 f"graphs of {self.root} have {self.labels.shape[1]} targets of {self.labels.dtype}{unknown}, not one "
                 f"class number each; train them with --task {self.fitting_task}"
             )
+        if self.labels.min() < 0:
+            raise ValueError(
+                f"labels of {self.root} go down to {self.labels.min()}, but classes are numbered from 0; give -1 and 1 "
+                "as 0 and 1, or train numbers with --task graph-regression"
+            )
         return int(self.labels.max()) + 1
 
     def parts(self) -> dict[str, Dataset]:
@@ -257,22 +267,33 @@ class GraphData(GraphSource):
             )
         everything: Any = np.arange(len(self.graphs))
         classes = self.labels[:, 0] if self.labels.dtype.kind == "i" else None
-        if classes is not None and np.bincount(classes).min() < 20:
-            classes = None  # too few of some class to have it in every part
-        if self.folds is not None:
-            given: Any = self._given_fold()
-            if given is None:
-                cut = StratifiedKFold(self.folds, shuffle=True, random_state=self.split_seed)
-                strata = np.zeros(len(everything), dtype=int) if classes is None else classes
-                given = list(cut.split(everything, strata))[self.fold][1]
-        else:
+        given: Any = self._given_fold() if self.folds is not None else None
+        if classes is not None:
+            numbers, counts = np.unique(classes, return_counts=True)
+            if counts.min() < (self.folds or _EVERYWHERE):
+                if self.folds is not None and given is None:
+                    warnings.warn(
+                        f"folds={self.folds} of {self.root} are drawn without regard to classes: class "
+                        f"{numbers[counts.argmin()]} has {counts.min()} graphs, fewer than there are folds",
+                        stacklevel=2,
+                    )
+                classes = None
+        if given is None and self.folds is not None:
+            cut = StratifiedKFold(self.folds, shuffle=True, random_state=self.split_seed)
+            strata = np.zeros(len(everything), dtype=int) if classes is None else classes
+            given = list(cut.split(everything, strata))[self.fold][1]
+        elif given is None:
             given = train_test_split(everything, test_size=0.1, random_state=self.split_seed, stratify=classes)[1]
         test: Any = np.sort(given)
         rest: Any = np.setdiff1d(everything, test)
         if self.validate_on_test:
             return {"train": rest, "val": test, "test": test}
-        strata = None if classes is None else classes[rest]
         size = len(test) if len(test) < len(rest) / 2 else 0.1
+        strata = None if classes is None else classes[rest]
+        if strata is not None:
+            counts = np.unique(strata, return_counts=True)[1]
+            if counts.min() < 2 or len(counts) > size * (1 if isinstance(size, int) else len(rest)):
+                strata = None  # too few for a graph of each class on both sides
         cut = train_test_split(rest, test_size=size, random_state=self.split_seed, stratify=strata)
         return {"train": np.sort(cut[0]), "val": np.sort(cut[1]), "test": np.sort(test)}
 

@@ -92,11 +92,22 @@ class NodeData(GraphSource):
 
     @property
     def num_classes(self) -> int:
-        """Classes."""
+        """Classes.
+
+        Raises:
+            ValueError: labels that are not class numbers.
+        """
         labels = self.node_labels(self.graphs)
         if labels.is_floating_point():
             raise ValueError(
                 f"labels of the nodes of {self.root} are no class numbers; train them with --task node-regression"
+            )
+        parts = ("train", "val", "test")
+        asked = labels if self.several else torch.cat([labels[self.split(part)[0][1]] for part in parts])
+        if asked.min() < 0:
+            raise ValueError(
+                f"labels of the nodes of {self.root} go down to {int(asked.min())}, but classes are numbered from 0; "
+                "give -1 and 1 as 0 and 1, and nodes of no class an empty split"
             )
         return int(labels.max()) + 1
 
@@ -185,8 +196,6 @@ class NodeData(GraphSource):
                      for i in range(len(names))]  # fmt: skip
         found: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
         for name, data in zip(names, self.graphs, strict=True):
-            if name not in found:
-                raise ValueError(f"{self.root} has a split {name!r}; it is train, val or test")
             found[name].append(GraphData._plain(data))
             if self.row_normalize:
                 found[name][-1].x = normalized(data.x)
@@ -197,7 +206,10 @@ class NodeData(GraphSource):
     def _nodes(self, data: Any) -> dict[str, Tensor]:
         if "split_of_node" in data:
             names = np.array(data.split_of_node)
-            return {part: torch.from_numpy(np.flatnonzero(names == part)) for part in ("train", "val", "test")}
+            given = {part: torch.from_numpy(np.flatnonzero(names == part)) for part in ("train", "val", "test")}
+            if empty := [part for part, nodes in given.items() if not len(nodes)]:
+                raise ValueError(f"nodes.csv of {self.root} has no {empty[0]} nodes; its split is train, val or test")
+            return given
         masks = {part: data.get(f"{part}_mask") for part in ("train", "val", "test")}
         masks = {  # some data sets have several splits, a column each
             part: mask[:, self.split_seed % mask.shape[1]] if mask is not None and mask.dim() == 2 else mask

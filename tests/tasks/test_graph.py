@@ -15,8 +15,9 @@ import mamba_zoo
 from mamba_zoo.__main__ import main
 from mamba_zoo.scans.graph import order_key
 from mamba_zoo.tasks import train_once
-from mamba_zoo.tasks._graph_files import read_folder, read_graphs
+from mamba_zoo.tasks._graph_files import read_graphs
 from mamba_zoo.tasks._graph_nets import BASELINES, build_graph_model
+from mamba_zoo.tasks._graph_tables import read_folder
 from mamba_zoo.tasks.graph import GraphClassifier
 from mamba_zoo.tasks.graph_data import GraphData, TargetData
 from mamba_zoo.tasks.graph_edges import EdgeData
@@ -72,7 +73,11 @@ def test_folders_are_read_as_they_are_written(folder):
     [
         ("edges.csv", "graph,source,target\n0,0,2\n", "has no node 2"),
         ("edges.csv", "graph,source,target\n4,0,1\n", "names graph 4"),
-        ("edges.csv", "graph,source,target\n0,a,1\n", "whole numbers"),
+        (
+            "edges.csv",
+            "graph,source,target\n0,a,1\n",
+            r"edges\.csv, line 2, column 'source' is 'a', which is not a whole",
+        ),
         ("nodes.csv", "", "is empty"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from mamba_zoo.tasks.graph_data import GraphData
 from mamba_zoo.tasks.graph_edges import EdgeData
 from mamba_zoo.tasks.graph_nodes import NodeData
 from mamba_zoo.tasks.graph_targets import EdgeTargetData
@@ -107,6 +108,31 @@ def test_features_stay_as_they_are_given(kind, tmp_path):
     assert load_recipe("edge-classification", "planetoid:Cora")["row_normalize"] is True
     with pytest.raises(ValueError, match=r"features of these nodes go down to -1\.875; train with row_normalize=False"):
         kind(root, row_normalize=True).setup()
+
+
+def write_graphs(folder: Path, labels: list[int], names: str = "label") -> str:
+    """Graphs of one edge each, with their labels."""
+    root = write_graph(
+        folder,
+        ["graph,x", *(f"{g},{node}" for g in range(len(labels)) for node in (0, 1))],
+        ["graph,source,target", *(f"{g},0,1" for g in range(len(labels)))],
+    )
+    (folder / "graphs.csv").write_text("\n".join([names, *map(str, labels)]))
+    return root
+
+
+def test_folds_are_alike_in_classes_that_have_a_graph_for_each(tmp_path):
+    labels = [1] * 60 + [2] * 30 + [4] * 5  # numbered with gaps, too
+    root = write_graphs(tmp_path, labels)
+    for fold in range(5):
+        where = GraphData(root, folds=5, fold=fold)._drawn()
+        assert np.bincount(np.array(labels)[where["test"]]).tolist() == [0, 12, 6, 0, 1]
+        assert np.bincount(np.array(labels)[where["val"]], minlength=5)[1:3].min() >= 5
+    with pytest.warns(UserWarning, match=r"folds=6 of .* without regard to classes: class 4 has 5 graphs") as found:
+        GraphData(root, folds=6).setup()
+    assert len(found) == 1
+    few = GraphData(write_graphs(tmp_path, [0, 0, 0, 1, 1, 1]), folds=3)
+    assert sorted(map(len, few._drawn().values())) == [1, 2, 3]
 
 
 def load_recipe(task: str, root: str) -> dict[str, object]:
