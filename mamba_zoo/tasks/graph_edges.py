@@ -80,20 +80,20 @@ class EdgeData(NodeData):
         if apart.shape[1] < 2:
             raise ValueError(f"{self.root} joins all of its {data.num_nodes} nodes; there is nothing to tell apart")
         others = apart.tensor_split((val * apart.shape[1] // (val + test),), dim=1)
-        found: dict[str, Dataset] = {}
-        for part, shown, first in (("train", train, 0), ("val", train, train), ("test", train + val, train + val)):
+        sizes, found, start = {"train": train, "val": val, "test": test}, {}, 0
+        for part, size in sizes.items():
+            joined = edges[:, stands[asked[start : start + size]]]
             seen = loop.clone()
-            seen[torch.isin(pair, asked[:shown])] = True
+            seen[torch.isin(pair, asked[: max(train, start)])] = True  # training pairs, and those of earlier parts
             graph = _with_edges(data, once[seen])
             if self.row_normalize:
                 graph.x = normalized(graph.x)
-            last = first + {"train": train, "val": val, "test": test}[part]
-            joined = edges[:, stands[asked[first:last]]]
             if part == "train":
                 found[part] = TrainingPairs(graph, joined, self.steps_per_epoch)
-                continue
-            graph.edge_label_index, labels = _labelled(joined, others[part == "test"])
-            found[part] = Items([(graph, labels)])
+            else:
+                graph.edge_label_index, labels = _labelled(joined, others[part == "test"])
+                found[part] = Items([(graph, labels)])
+            start += size
         return found
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
