@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ._data import TaskData
-from .series_data import as_is
+from .series_data import as_is, deviation_of
 from .series_files import Labelled, read_ts, sktime_folder
 
 _DIGITS_TEST = 347
@@ -157,7 +157,7 @@ class LabelledSeries(TaskData):
 
     @property
     def deviation(self) -> list[float]:
-        """Deviation of each channel of the training series."""
+        """Deviation of each channel of the training series, 1 for a constant channel."""
         self.setup()
         return self._told["deviation"]
 
@@ -173,12 +173,11 @@ class LabelledSeries(TaskData):
         if train.channels != test.channels:
             raise ValueError(f"{self.root}: {train.channels} channels in training series, {test.channels} in others")
         steps = np.concatenate(train.series)
-        mean, deviation = np.nanmean(steps, 0), np.nanstd(steps, 0)
         self._told = {
             "in_chans": train.channels,
             "seq_len": max(len(series) for series in [*train.series, *test.series]),
-            "mean": mean.tolist(),
-            "deviation": np.where(deviation > 0, deviation, 1.0).tolist(),
+            "mean": np.nanmean(steps, 0).tolist(),
+            "deviation": deviation_of(steps).tolist(),
         }
         whole, lengths = self._padded(train)
         targets = torch.tensor([self._classes.index(label) for label in train.labels])

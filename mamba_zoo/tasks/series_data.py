@@ -187,8 +187,7 @@ class SeriesData(TaskData):
             )
         values = self.check(table)
         train = values[: rows[0]]
-        mean, deviation = np.nanmean(train, 0), np.nanstd(train, 0)
-        deviation = np.where(deviation > 0, deviation, 1.0)
+        mean, deviation = np.nanmean(train, 0), deviation_of(train)
         target = torch.from_numpy(((values - mean) / deviation).astype(np.float32))
         marks = torch.from_numpy(mark_rows(table.dates, len(values)) if self.use_marks else np.zeros((len(values), 0)))
         self._scaled = {"mean": mean, "deviation": deviation, "target": target, "rows": rows}
@@ -275,6 +274,17 @@ def season_of(dates: np.ndarray | None) -> int:
     if gap == day:
         return 7
     return next((12 // months for months in (1, 3) if 28 * months * day <= gap <= 31 * months * day), 1)
+
+
+def deviation_of(values: np.ndarray) -> np.ndarray:
+    """Deviation of each column of `(rows, v)`, where NaN is missing: `(v,)`, 1 for a column that is constant.
+
+    A column is constant if its values lie no further apart than rounding moves them; the deviation of such a column is
+    what rounding left of its mean, and would blow up every later value that is another.
+    """
+    highest, lowest = np.fmax.reduce(values, 0), np.fmin.reduce(values, 0)
+    noise = 16 * np.finfo(values.dtype).eps * np.maximum(np.abs(highest), np.abs(lowest))
+    return np.where(highest - lowest > noise, np.nanstd(values, 0), 1.0)
 
 
 def fill_forward(x: Tensor) -> Tensor:

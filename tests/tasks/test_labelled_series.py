@@ -92,6 +92,15 @@ def test_a_classifier_learns_and_names_new_series(tmp_path, name):
     assert np.mean([a == b for a, b in zip(found, read_ts(file).labels, strict=True)]) >= 0.85
 
 
+def test_a_channel_that_is_constant_in_training_is_not_divided_by_rounding_noise(tmp_path):
+    for part, value in {"TRAIN": 0.1, "TEST": 0.3}.items():
+        lines = [f"{','.join(str(i % 5) for i in range(99))}:{','.join([str(value)] * 99)}:{k % 2}" for k in range(9)]
+        (tmp_path / f"Flag_{part}.ts").write_text("\n".join(["@classLabel true 0 1", "@data", *lines]))
+    data = LabelledSeries(str(tmp_path))
+    assert data.deviation[1] == 1
+    assert float(data.split("test").values[..., 1].max()) == pytest.approx(0.2, abs=1e-4)
+
+
 def test_series_are_padded_augmented_and_split_class_by_class(tmp_path):
     data = LabelledSeries(str(write_ts(tmp_path / "slopes")), val_fraction=0.2)
     x, _, lengths = data.split("test").__getitems__(range(30))

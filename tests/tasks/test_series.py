@@ -99,6 +99,15 @@ def test_windows_are_scaled_by_training_rows_and_none_is_left_out(table):
     assert data.correlation.startswith("permuted((")
 
 
+def test_a_column_that_is_constant_in_training_is_not_divided_by_rounding_noise(tmp_path):
+    rows = [f"{i % 7 / 1e6 + 1000:.6f},0.1,{0.1 + 0.2 if i % 2 else 0.3!r},{'' if i < 9 else 5}" for i in range(420)]
+    rows += [f"{i % 7 / 1e6 + 1000:.6f},7,0.3,5" for i in range(180)]
+    (tmp_path / "t.csv").write_text("\n".join(["x,flag,added,late", *rows]))
+    data = SeriesData(str(tmp_path / "t.csv"), 24, 6, missing="previous")
+    assert data.deviation == [pytest.approx(2e-6, rel=1e-4), 1, 1, 1]
+    assert float(data.split("test")[-1][1][:, 1:].abs().max()) == pytest.approx(6.9)
+
+
 def test_missing_values_stop_or_are_read_as_the_one_before(tmp_path, table):
     rows = table.read_text().splitlines()
     rows[40] = ",".join([*rows[40].split(",")[:2], "", "nan"])
