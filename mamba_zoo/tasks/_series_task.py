@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -113,6 +114,15 @@ class SeriesTask(Task):
         """Take them back."""
         super().on_load_checkpoint(checkpoint)
         self._best = checkpoint.get("best", self._best)
+
+    @classmethod
+    def predict_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Which column of the table holds the dates."""
+        parser.add_argument(
+            "--date-column",
+            metavar="NAME",
+            help="column of dates, or none (default: the first one called date, time or alike that holds dates)",
+        )
 
 
 def build_series_model(

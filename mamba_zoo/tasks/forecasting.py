@@ -252,6 +252,7 @@ class Forecaster(SeriesTask):
     @classmethod
     def predict_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Where forecasts start, and how sure they are."""
+        super().predict_arguments(parser)
         parser.add_argument(
             "--every",
             type=int,

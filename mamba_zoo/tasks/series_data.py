@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from mamba_zoo.scans import correlation_scan
 
 from ._data import TaskData
-from .series_files import Table, find_table, time_marks
+from .series_dates import time_marks
+from .series_files import Table, find_table
 
 _HOURS = 30 * 24  # rows of a month of the ETT data sets
 
@@ -77,6 +78,8 @@ class SeriesData(TaskData):
         season: Steps after which the series repeat, for the seasonal reference; None takes a day of hours or minutes, a
             week of days, a year of months or quarters.
         marks: Give the model the time of each step, if there are dates and it reads them.
+        date_column: The column of dates; "none" says that there is none, None takes the first one called "date", "time"
+            or alike that holds dates, else the first column if it does.
         batch_size: Windows a step and device.
         num_workers: Processes that cut windows; they are cut in memory, so that none is needed.
 
@@ -108,6 +111,7 @@ class SeriesData(TaskData):
         missing: Literal["error", "previous"] = "error",
         season: int | None = None,
         marks: bool = True,
+        date_column: str | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
@@ -117,14 +121,14 @@ class SeriesData(TaskData):
         _parse_split(split)
         if type(self) is SeriesData:
             self.save_hyperparameters(logger=False)
-        self.seq_len, self.pred_len, self.columns = seq_len, pred_len, columns
+        self.seq_len, self.pred_len, self.columns, self.date_column = seq_len, pred_len, columns, date_column
         self.how, self.missing, self.season, self.use_marks = split, missing, season, marks
         self._table: Table | None = None
         self._scaled: dict[str, Any] = {}
 
     def load(self) -> Table:
         """The columns asked for."""
-        table = find_table(self.root, self.columns)
+        table = find_table(self.root, self.columns, None, self.date_column)
         return table if self.columns is None else table.columns(self.columns)
 
     @property

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-_DATE_NAMES = ("date", "datetime", "datetime_gmt", "ds", "month", "period", "quarter", "time", "timestamp")
-_DATE = re.compile(
-    r"\s*(\d{4})[-/.](\d{1,2})(?:[-/.](\d{1,2}))?(?:[ T](\d{1,2}):(\d{2})(?::(\d{2})(?:\.\d+)?)?)?(?:Z|\+00:?00)?\s*"
-)
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_NAMED = re.compile(rf"\s*(\d{{4}})[- ]?(?:Q([1-4])|({'|'.join(_MONTHS)})[a-z]*)\s*", re.IGNORECASE)
-_MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
+from .series_dates import MISSING, NAMES, find_dates, is_number, written
 
 
 @dataclass
@@ -68,17 +61,23 @@ class Labelled:
         return self.series[0].shape[1]
 
 
-def read_table(path: str | Path, columns: Sequence[str] | None = None, besides: Sequence[str] | None = None) -> Table:
+def read_table(
+    path: str | Path,
+    columns: Sequence[str] | None = None,
+    besides: Sequence[str] | None = None,
+    date_column: str | None = None,
+) -> Table:
     """Read a CSV file with a header: a column of dates, if there is one, and columns of numbers.
 
-    The dates are the column called "date", "time" or alike, else the first column if it holds dates; they must not
-    fall. Lines that start with `#` are left out, and so is a first column without a name that counts the rows. Empty
-    cells, "NA", "nan" and "?" are missing.
+    Which column holds the dates, and how they may be written, says `series_dates.find_dates`; they must not fall. Lines
+    that start with `#` are left out, and so is a first column without a name, or one called "time" or alike, that only
+    counts the rows upwards. Empty cells, "NA", "nan" and "?" are missing.
 
     Args:
         path: File.
         columns: Which columns to read, so that others may hold anything; None reads all.
         besides: Names, in lower case, of columns that are read as well where the file has them.
+        date_column: The column of dates; "none" says that there is none, None finds out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -86,23 +85,14 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None, besides: 
             is neither number, date nor missing; the message names it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(line for line in file if not line.startswith("#")) if row]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}, byte {error.start}); save it as UTF-8") from None
-    if len(rows) < 2:
-        raise ValueError(f"{path} has no rows below its header")
-    header, body = [name.strip() for name in rows[0]], rows[1:]
-    _check_header(header, path)
-    for number, row in enumerate(body, start=2):
-        if len(row) != len(header):
-            raise ValueError(f"{path}, row {number}: {len(row)} cells for {len(header)} columns")
-    at = _date_column(header, body[0])
-    dates = None if at is None else _dates([row[at] for row in body], path, header[at])
-    kept = [i for i in range(len(header)) if i != at and not (i == 0 and not header[0] and _counts(body))]
+    header, body = read_rows(path)
+    at, dates = find_dates(header, body, path, date_column, columns)
+
+    def counts(i: int) -> bool:
+        named = header[i].lower() in NAMES or (i == 0 and not header[i])
+        return named and (columns is None or header[i] not in columns) and _rises([row[i] for row in body])
+
+    kept = [i for i in range(len(header)) if i != at and not counts(i)]
     if not kept:
         raise ValueError(f"{path} has no column of numbers")
     if columns is not None:
@@ -118,6 +108,25 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None, besides: 
     return Table([header[i] for i in kept], values, dates, str(path))
 
 
+def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header of a CSV file and the cells of its rows, as they are written; see `read_table`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(line for line in file if not line.startswith("#")) if row]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}, byte {error.start}); save it as UTF-8") from None
+    if len(rows) < 2:
+        raise ValueError(f"{path} has no rows below its header")
+    header, body = [name.strip() for name in rows[0]], rows[1:]
+    _check_header(header, path)
+    for number, row in enumerate(body, start=2):
+        if len(row) != len(header):
+            raise ValueError(f"{path}, row {number}: {len(row)} cells for {len(header)} columns")
+    return header, body
+
+
 def _check_columns(source: str, names: Sequence[str], wanted: Sequence[str]) -> None:
     if missing := [name for name in wanted if name not in names]:
         raise ValueError(f"{source} has no column {missing[0]!r}; it has {', '.join(names[:12])}")
@@ -128,97 +137,32 @@ def _check_header(header: Sequence[str], path: Path) -> None:
     if twice := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"{path} has {header.count(twice[0])} columns {twice[0]!r}; a name for each is needed")
     counted = [[str(i + start) for i in range(len(header))] for start in (0, 1)]
-    if all(_is_number(name) or _date_parts(name) for name in header) and list(header) not in counted:
+    if all(is_number(name) or written(name) is not None for name in header) and list(header) not in counted:
         raise ValueError(f"{path} has no header: its first row is {', '.join(header[:4])}; put names above the numbers")
     if len(header) == 1 and (separator := next((mark for mark in ";\t|" if mark in header[0]), None)):
         raise ValueError(f"{path} has {separator!r} between its columns; it needs commas")
 
 
-def _is_number(text: str) -> bool:
+def _rises(cells: Sequence[str]) -> bool:
+    """Whether a column only counts the rows upwards, as tables often do that were written by a program."""
     try:
-        float(text)
+        return bool((np.diff(np.array(cells, dtype=np.float64)) > 0).all())
     except ValueError:
         return False
-    return True
-
-
-def _counts(body: Sequence[Sequence[str]]) -> bool:
-    """Whether the first column numbers the rows, as tables often do that were written by a program."""
-    first = body[0][0]
-    return first.isdigit() and all(row[0] == str(n) for n, row in enumerate(body, start=int(first)))
-
-
-def _date_column(header: Sequence[str], first: Sequence[str]) -> int | None:
-    named = [i for i, name in enumerate(header) if name.lower() in _DATE_NAMES]
-    if named:
-        return named[0]
-    return 0 if _date_parts(first[0]) else None
-
-
-def _date_parts(text: str) -> list[int] | None:
-    """Year, month, day, hour, minute and second; None if the text is no date."""
-    if found := _DATE.fullmatch(text):
-        return [int(part or default) for part, default in zip(found.groups(), (1, 1, 1, 0, 0, 0), strict=True)]
-    if found := _NAMED.fullmatch(text):
-        month = 3 * int(found[2]) - 2 if found[2] else _MONTHS.index(found[3].lower()) + 1
-        return [int(found[1]), month, 1, 0, 0, 0]
-    return None
 
 
 def _number(text: str, path: Path, row: int, column: str) -> float:
     text = text.strip()
-    if text.lower() in _MISSING:
+    if text.lower() in MISSING:
         return float("nan")
     try:
         return float(text)
     except ValueError:
+        no_date = " and no date such as 2016-07-01 00:00" if column.lower() in NAMES else ""
         raise ValueError(
-            f"{path}, row {row}: {text!r} in column {column!r} is no number; leave the column out with columns="
+            f"{path}, row {row}: {text!r} in column {column!r} is no number{no_date}; leave the column out with "
+            "columns="
         ) from None
-
-
-def _dates(texts: Sequence[str], path: Path, column: str) -> np.ndarray:
-    parts = np.empty((len(texts), 6), dtype=np.int64)
-    for i, text in enumerate(texts):
-        found = _date_parts(text)
-        if found is None:
-            raise ValueError(f"{path}, row {i + 2}: {text!r} in column {column!r} is no date such as 2016-07-01 00:00")
-        parts[i] = found
-    months = ((parts[:, 0] - 1970) * 12 + parts[:, 1] - 1).astype("datetime64[M]")
-    seconds = (parts[:, 2] - 1) * 86_400 + parts[:, 3] * 3600 + parts[:, 4] * 60 + parts[:, 5]
-    dates = months.astype("datetime64[s]") + seconds.astype("timedelta64[s]")
-    falls = np.flatnonzero(np.diff(dates).astype(np.int64) < 0)
-    if len(falls):
-        raise ValueError(
-            f"{path}, row {falls[0] + 3}: {texts[falls[0] + 1]!r} comes after {texts[falls[0]]!r}; sort the rows by "
-            f"{column!r}, the oldest first"
-        )
-    return dates
-
-
-def time_marks(dates: np.ndarray) -> np.ndarray:
-    """Hour of the day, day of the week, of the month and of the year, each from -0.5 to 0.5: `(steps, 4)` float32.
-
-    The marks that S-Mamba's published training gives for hourly data, and for all other data as well.
-    """
-    days = dates.astype("datetime64[D]")
-    hour = (dates - days).astype("timedelta64[h]").astype(np.int64)
-    weekday = (days.astype(np.int64) + 3) % 7  # 1970-01-01 was a Thursday; Monday is 0
-    of_month = (days - dates.astype("datetime64[M]").astype("datetime64[D]")).astype(np.int64)
-    of_year = (days - dates.astype("datetime64[Y]").astype("datetime64[D]")).astype(np.int64)
-    return np.stack([hour / 23, weekday / 6, of_month / 30, of_year / 365], axis=1).astype(np.float32) - 0.5
-
-
-def later_dates(dates: np.ndarray, steps: int) -> np.ndarray:
-    """The dates of the `steps` steps after the last: months and years by the calendar, else by the usual distance."""
-    months = dates.astype("datetime64[M]")
-    gaps = np.diff(months.astype(np.int64))
-    on_days = np.unique((dates - months.astype("datetime64[s]")).astype(np.int64))
-    if len(dates) > 2 and len(on_days) == 1 and gaps.min() == gaps.max() > 0:
-        offset = np.arange(1, steps + 1) * gaps[0]
-        return (months[-1] + offset).astype("datetime64[s]") + on_days.astype("timedelta64[s]")
-    gap = np.median(np.diff(dates).astype(np.int64)) if len(dates) > 1 else 1
-    return dates[-1] + (np.arange(1, steps + 1) * int(gap)).astype("timedelta64[s]")
 
 
 def read_ts(path: str | Path) -> Labelled:
@@ -304,7 +248,12 @@ def sktime_folder(name: str) -> Path:
     return folder / name
 
 
-def find_table(root: str, columns: Sequence[str] | None = None, besides: Sequence[str] | None = None) -> Table:
+def find_table(
+    root: str,
+    columns: Sequence[str] | None = None,
+    besides: Sequence[str] | None = None,
+    date_column: str | None = None,
+) -> Table:
     """The table that `root` stands for: "eeg", 10 seconds of 4 electrodes that come with Matplotlib; "sktime:NAME", a
     table that comes with sktime, such as "sktime:Airline"; or a CSV file.
 
@@ -312,21 +261,34 @@ def find_table(root: str, columns: Sequence[str] | None = None, besides: Sequenc
         root: See above.
         columns: See `read_table`, of files.
         besides: Likewise.
+        date_column: Likewise.
 
     Raises:
         FileNotFoundError: no such file.
         ModuleNotFoundError: a data set of sktime without sktime.
         ValueError: a file that cannot be read.
     """
-    if root == "eeg":
-        import matplotlib
+    path = table_file(root)
+    if path is not None:
+        return read_table(path, columns, besides, date_column)
+    import matplotlib
 
-        path = Path(matplotlib.get_data_path()) / "sample_data" / "eeg.dat"
-        return Table(["eeg 1", "eeg 2", "eeg 3", "eeg 4"], np.fromfile(path, "<f8").reshape(800, 4), None, "eeg")
-    if root.startswith("sktime:"):
-        folder = sktime_folder(root.partition(":")[2])
-        files = sorted(folder.glob("*.csv"))
-        if not files:
-            raise ValueError(f"{root} is no table of series; classify it: --task series-classification")
-        return read_table(files[0], columns, besides)
-    return read_table(root, columns, besides)
+    path = Path(matplotlib.get_data_path()) / "sample_data" / "eeg.dat"
+    return Table(["eeg 1", "eeg 2", "eeg 3", "eeg 4"], np.fromfile(path, "<f8").reshape(800, 4), None, "eeg")
+
+
+def table_file(root: str) -> Path | None:
+    """The CSV file that `root` stands for, see `find_table`; None for "eeg".
+
+    Raises:
+        ModuleNotFoundError: a data set of sktime without sktime.
+        ValueError: a data set of sktime that is no table.
+    """
+    if root == "eeg":
+        return None
+    if not root.startswith("sktime:"):
+        return Path(root)
+    files = sorted(sktime_folder(root.partition(":")[2]).glob("*.csv"))
+    if not files:
+        raise ValueError(f"{root} is no table of series; classify it: --task series-classification")
+    return files[0]

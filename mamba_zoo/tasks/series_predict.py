@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .running import write_csv
 from .series_data import Windows, fill_forward, mark_rows
-from .series_files import Table, find_table, later_dates
+from .series_dates import later_dates
+from .series_files import Table, find_table
 from .series_windows import laid_together, overlapping
 
 if TYPE_CHECKING:
@@ -25,17 +26,18 @@ _SHOWN = 4
 _MOST_ERRORS = 2000  # windows that say how far forecasts are off
 
 
-def read_for(model: Any, source: Path) -> tuple[Table, Tensor, Tensor, Tensor]:
+def read_for(model: Any, source: Path, date_column: str | None = None) -> tuple[Table, Tensor, Tensor, Tensor]:
     """The series of a table that `model` was trained on, and as it reads them: filled, scaled, and their marks.
 
     Args:
         model: With `columns`, `seq_len` and `scaled`.
         source: As for `series_files.find_table`.
+        date_column: Likewise.
 
     Raises:
         ValueError: columns that are missing, or fewer rows than a window.
     """
-    table = find_table(str(source), model.columns).columns(model.columns)
+    table = find_table(str(source), model.columns, None, date_column).columns(model.columns)
     if len(table.values) < model.seq_len:
         raise ValueError(f"{source} has {len(table.values)} rows, but the model reads {model.seq_len}")
     target = model.scaled(torch.from_numpy(table.values)).float()
@@ -71,7 +73,7 @@ def forecast_csv(model: Forecaster, args: argparse.Namespace) -> str:
     if args.calibrate is not None and args.interval is None:
         raise ValueError("calibrate is for interval; give both, such as --interval 0.9")
     out = args.out or Path("predictions.csv")
-    table, values, target, marks = read_for(model, args.data)
+    table, values, target, marks = read_for(model, args.data, args.date_column)
     if not model.reads_marks:
         marks = marks[:, :0]
     n, l, h = len(values), model.seq_len, model.pred_len
@@ -86,7 +88,7 @@ def forecast_csv(model: Forecaster, args: argparse.Namespace) -> str:
     found = torch.cat([model.predict_step(batch, 0).cpu() for batch in batches(data, args.batch_size, device)]).numpy()
     spread = None
     if args.interval is not None:
-        spread = spread_of(model, args.calibrate or args.data, args.interval, args.batch_size)
+        spread = spread_of(model, args.calibrate or args.data, args.interval, args.batch_size, args.date_column)
     write_csv(out, _rows(table, ends, found, h, spread))
     shown = _shown(model, data, n, l, h)
     plot_forecasts(shown, model.columns, out.with_suffix(".png"), model.season, spread)
@@ -94,7 +96,9 @@ def forecast_csv(model: Forecaster, args: argparse.Namespace) -> str:
     return f"{len(ends):,} {what} of {h} steps -> {out}, {out.with_suffix('.png')}"
 
 
-def spread_of(model: Forecaster, source: Path, level: float, batch_size: int = 256) -> np.ndarray:
+def spread_of(
+    model: Forecaster, source: Path, level: float, batch_size: int = 256, date_column: str | None = None
+) -> np.ndarray:
     """How far from a forecast the truth lies at most, in `level` of the cases: `(pred_len, v)` in units of the table.
 
     These are quantiles of the absolute errors of each step ahead and series, over windows of a table whose future is
@@ -106,13 +110,14 @@ def spread_of(model: Forecaster, source: Path, level: float, batch_size: int = 2
         source: The table.
         level: Between 0 and 1.
         batch_size: Windows at a time.
+        date_column: See `series_files.find_table`.
 
     Raises:
         ValueError: a level out of range, or too few windows for it.
     """
     if not 0 < level < 1:
         raise ValueError(f"interval={level} must lie between 0 and 1, such as 0.9")
-    _, values, target, marks = read_for(model, source)
+    _, values, target, marks = read_for(model, source, date_column)
     count = len(values) - model.seq_len - model.pred_len + 1
     least = int(np.ceil(round(level / (1 - level), 6)))
     if count < least:
@@ -215,7 +220,7 @@ def scores_csv(model: AnomalyDetector, args: argparse.Namespace) -> str:
 @torch.no_grad()
 def _over_table(model: Any, args: argparse.Namespace) -> tuple[Table, Tensor]:
     """What the model says of every row of a table, `(rows, ...)`."""
-    table, values, target, marks = read_for(model, args.data)
+    table, values, target, marks = read_for(model, args.data, args.date_column)
     device = device_for(args.device)
     model = model.to(device)
     starts = overlapping(len(values), model.seq_len)

@@ -27,6 +27,7 @@ class WindowData(SeriesData):
         missing: What a missing value does: "previous" reads the last value before it; no error is ever counted where
             nothing was measured.
         marks: Give the model the time of each step, if it reads them.
+        date_column: The column of dates; "none" says that there is none, None finds out.
         batch_size: Windows a step and device.
         num_workers: Processes that cut windows.
     """
@@ -43,10 +44,11 @@ class WindowData(SeriesData):
         split: str = "auto",
         missing: Literal["error", "previous"] = "previous",
         marks: bool = True,
+        date_column: str | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(root, seq_len, 0, columns, split, missing, None, marks, batch_size, num_workers)
+        super().__init__(root, seq_len, 0, columns, split, missing, None, marks, date_column, batch_size, num_workers)
         if type(self) is WindowData:
             self.save_hyperparameters(logger=False)
 
@@ -71,6 +73,7 @@ class WatchedData(WindowData):
         split: Parts for training, validation and test.
         missing: What a missing value does.
         marks: Give the model the time of each step, if it reads them.
+        date_column: The column of dates; "none" says that there is none, None finds out.
         batch_size: Windows a step and device.
         num_workers: Processes that cut windows.
 
@@ -87,10 +90,11 @@ class WatchedData(WindowData):
         split: str = "auto",
         missing: Literal["error", "previous"] = "previous",
         marks: bool = True,
+        date_column: str | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(root, seq_len, columns, split, missing, marks, batch_size, num_workers)
+        super().__init__(root, seq_len, columns, split, missing, marks, date_column, batch_size, num_workers)
         self.save_hyperparameters(logger=False)
         self.label_column = label_column
         self.labels: np.ndarray | None = None
@@ -98,7 +102,8 @@ class WatchedData(WindowData):
     def load(self) -> Table:
         """The columns asked for; the labels apart."""
         labels = _LABEL_NAMES if self.label_column is None else (self.label_column.lower(),)
-        kept, self.labels = without_labels(find_table(self.root, self.columns, labels), self.label_column)
+        table = find_table(self.root, self.columns, labels, self.date_column)
+        kept, self.labels = without_labels(table, self.label_column)
         return kept if self.columns is None else kept.columns(self.columns)
 
     def starts(self, name: str, low: int, high: int) -> Tensor:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from mamba_zoo.tasks.series_data import season_of
-from mamba_zoo.tasks.series_files import later_dates, read_table, time_marks
+from mamba_zoo.tasks.series_data import SeriesData, season_of
+from mamba_zoo.tasks.series_dates import later_dates, time_marks
+from mamba_zoo.tasks.series_files import read_table
 
 
 @pytest.mark.parametrize(
@@ -16,6 +17,12 @@ from mamba_zoo.tasks.series_files import later_dates, read_table, time_marks
         (["1949-01", "1949-02"], 31 * 86_400),
         (["1991 Jul", "1991 August"], 31 * 86_400),
         (["1970 Q1", "1970-Q2"], 90 * 86_400),
+        (["2024-03-31 01:00+01:00", "2024-03-31 04:30:00.5+0200"], 9000),
+        (["2024-01-01T23:00:00-05:00", "2024-01-02 05:30 +00:00"], 5400),
+        (["20240101", "20240102"], 86_400),
+        (["2024010123", "2024010200"], 3600),
+        (["1704067200", "1704070800.0"], 3600),
+        (["1704067200000", "1704070800000"], 3600),
     ],
 )
 def test_reads_dates_as_they_are_written(tmp_path, dates, step):
@@ -32,7 +39,10 @@ def test_reads_dates_as_they_are_written(tmp_path, dates, step):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("date,x\n2020-01-01,1\n2020-13,x\n", "'x' in column 'x' is no number"),
+        ("date,x\n2020-01-01,1\n2020-02,x\n", "'x' in column 'x' is no number"),
+        ("date,x\n2020-01-01,1\n2020-13,2\n", "'2020-13' in column 'date' is no date"),
+        ("date,x\n31.12.2020,1\n01.01.2021,2\n", "'31.12.2020' in column 'date' is no number and no date such as"),
+        ("time,x\n" + "1704067200,1\n" * 10 + "7,2\n", "row 12: '7' in column 'time' is no date"),
         ("date,x\n2020-01-01,1\nyesterday,2\n", "'yesterday' in column 'date' is no date"),
         ("x,y\n1,2\n3\n", "row 3: 1 cells for 2 columns"),
         ("x\n", "no rows below its header"),
@@ -65,6 +75,54 @@ def test_reads_the_columns_that_are_asked_for_whatever_the_others_hold(tmp_path)
     path.write_bytes("größe\n1\n".encode("latin-1"))
     with pytest.raises(ValueError, match="save it as UTF-8"):
         read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "first"),
+    [
+        ("timestamp,value,is_anomaly\n1,5,0\n2,6,1\n3,7,0\n", ["value", "is_anomaly"], None),
+        ("when,value,month\n2024-01-01,5,1\n2024-01-02,6,2\n2024-01-03,7,1\n", ["value", "month"], "2024-01-01"),
+        ("time,value\n0.5,5\n0.25,6\n", ["time", "value"], None),
+        ("month,ds\n3,2024-01-01 00:00+01:00\n3,2024-01-01 01:00+01:00\n", ["month"], "2023-12-31T23"),
+        ("hPa,x\n1013.2,1\n1013.1,2\n", ["hPa", "x"], None),
+    ],
+)
+def test_a_column_named_like_dates_may_hold_numbers(tmp_path, text, names, first):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    table = read_table(path)
+    assert table.names == names
+    assert (table.dates is None) == (first is None)
+    if table.dates is not None:
+        assert table.dates[0] == np.datetime64(first, "s")
+
+
+def test_the_column_of_dates_can_be_named(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("time,x,made\n1704067200,1,2020-01-01\n1704070800,2,2020-01-02\n")
+    assert read_table(path, ["x"]).dates[0] == np.datetime64("2024-01-01T00", "s")  # type: ignore[index]
+    assert read_table(path, ["x"], None, "made").dates[1] == np.datetime64("2020-01-02", "s")  # type: ignore[index]
+    bare = read_table(path, ["x", "time"], None, "none")
+    assert (bare.names, bare.dates) == (["time", "x"], None)
+    assert read_table(path, ["x", "time"]).names == ["time", "x"]
+    with pytest.raises(ValueError, match="no column 'y' for date_column; it has time, x, made"):
+        SeriesData(str(path), date_column="y").setup()
+    with pytest.raises(ValueError, match="row 2: '1' in column 'x' is no date"):
+        read_table(path, None, None, "x")
+
+
+def test_rows_that_are_not_equally_far_apart_are_warned_of(tmp_path):
+    path = tmp_path / "t.csv"
+    hours = [i + 5 * (i > 60) for i in range(199)]
+    for kept in (hours, [h for h in hours if h not in (40, 90)]):
+        dates = [np.datetime64("2024-01-01T00:00") + np.timedelta64(h, "h") for h in kept]
+        path.write_text("\n".join(["date,x", *(f"{d},1" for d in dates)]))
+        if kept is hours:
+            read_table(path)  # one gap in 198
+    with pytest.warns(UserWarning, match=r"1\.5% of the rows do not come 3600 seconds after the one before"):
+        read_table(path)
+    path.write_text("\n".join(["date,x", *(f"2024-{month:02},1" for month in range(1, 13))]))
+    read_table(path)
 
 
 def test_marks_and_later_dates():
