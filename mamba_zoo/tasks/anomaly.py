@@ -223,7 +223,7 @@ class AnomalyDetector(Imputer):
         limits, known = self.limits(len(scores)), not np.isnan(labels).any()
         rows = []
         for i, (score, label) in enumerate(zip(scores, labels, strict=True)):
-            row = {"step": i, "score": f"{score:.6g}", "alarm": int(score > limits[i])}
+            row = {"step": i, "score": float(score), "alarm": int(score > limits[i])}
             rows.append({**row, "label": int(label)} if known else row)
         write_csv(out / "scores.csv", rows)
         plot_anomalies(values, scores, limits, self.columns, out / "scores.png", labels if known else None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .running import write_csv
 from .series_data import Windows, fill_forward, mark_rows
 from .series_dates import later_dates
-from .series_files import Table, find_table
+from .series_files import Table, find_table, read_rows, table_file
 from .series_windows import laid_together, overlapping
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def _rows(
     table: Table, ends: list[int], found: np.ndarray, h: int, spread: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
     dates = None if table.dates is None else np.concatenate([table.dates, later_dates(table.dates, h)])
+    names = _beside(table.names, ("origin", "step", "date"))
     rows: list[dict[str, Any]] = []
     for end, forecast in zip(ends, found, strict=True):
         for step in range(h):
@@ -145,15 +146,14 @@ def _rows(
             cells: dict[str, Any] = {"origin": end if dates is None else str(dates[end]), "step": step + 1}
             if dates is not None:
                 cells["date"] = str(dates[row])
-            cells |= {name: f"{value:.6g}" for name, value in zip(table.names, forecast[step], strict=True)}
+            cells |= dict(zip(names, forecast[step], strict=True))
             if spread is not None:
-                for name, value, width in zip(table.names, forecast[step], spread[step], strict=True):
-                    cells |= {f"{name} (low)": f"{value - width:.6g}", f"{name} (high)": f"{value + width:.6g}"}
+                for name, value, width in zip(names, forecast[step], spread[step], strict=True):
+                    cells |= {f"{name} (low)": np.float32(value - width), f"{name} (high)": np.float32(value + width)}
             if len(ends) > 1:
                 known = row < len(table.values)
-                truth = table.values[row] if known else [np.nan] * len(table.names)
-                pairs = zip(table.names, truth, strict=True)
-                cells |= {f"{name} (truth)": "" if np.isnan(value) else f"{value:.6g}" for name, value in pairs}
+                truth = table.values[row] if known else np.full(len(names), np.nan)
+                cells |= _cells([f"{name} (truth)" for name in names], truth)
             rows.append(cells)
     return rows
 
@@ -172,6 +172,8 @@ def _shown(model: Forecaster, data: Windows, n: int, l: int, h: int) -> list[lis
 def filled_csv(model: Imputer, args: argparse.Namespace) -> str:
     """Write the table `args.data` with its gaps filled into `args.out`, and a picture beside it.
 
+    All other cells, and the columns that the model does not read, are written as they were found.
+
     Raises:
         ValueError: a table that does not fit the model.
     """
@@ -180,13 +182,12 @@ def filled_csv(model: Imputer, args: argparse.Namespace) -> str:
     out = args.out or Path("predictions.csv")
     table, found = _over_table(model, args)
     gaps = np.isnan(table.values)
-    whole = np.where(gaps, model.unscaled(found).numpy(), table.values)
-    rows = [
-        {**({} if table.dates is None else {"date": str(table.dates[i])}), **_cells(table.names, whole[i])}
-        for i in range(len(whole))
-    ]
+    filled = model.unscaled(found).numpy()
+    rows = _as_written(table, args.data)
+    for row, column in np.argwhere(gaps).tolist():
+        rows[row][table.names[column]] = filled[row, column]
     write_csv(out, rows)
-    plot_filled(table.values, whole, table.names, out.with_suffix(".png"))
+    plot_filled(table.values, np.where(gaps, filled, table.values), table.names, out.with_suffix(".png"))
     return f"{int(gaps.sum()):,} missing values filled in {len(rows):,} steps -> {out}, {out.with_suffix('.png')}"
 
 
@@ -201,13 +202,14 @@ def scores_csv(model: AnomalyDetector, args: argparse.Namespace) -> str:
     out = args.out or Path("predictions.csv")
     table, found = _over_table(model, args)
     scores, limits = found.numpy(), model.limits(len(found))
+    names = _beside(table.names, ("date", "step", "score", "threshold", "alarm"))
     rows = [
         {
             **({"step": i} if table.dates is None else {"date": str(table.dates[i])}),
-            "score": f"{score:.6g}",
-            "threshold": f"{limits[i]:.6g}",
+            "score": score,
+            "threshold": np.float32(limits[i]),
             "alarm": int(score > limits[i]),
-            **_cells(table.names, table.values[i]),
+            **_cells(names, table.values[i]),
         }
         for i, score in enumerate(scores)
     ]
@@ -230,5 +232,19 @@ def _over_table(model: Any, args: argparse.Namespace) -> tuple[Table, Tensor]:
     return table, laid_together(len(values), starts, parts)
 
 
-def _cells(names: list[str], values: np.ndarray) -> dict[str, str]:
-    return {name: "" if np.isnan(value) else f"{value:.6g}" for name, value in zip(names, values, strict=True)}
+def _beside(names: list[str], others: tuple[str, ...]) -> list[str]:
+    """The names of the table's columns, changed where another column of the result has the same."""
+    return [f"{name} (table)" if name in others else name for name in names]
+
+
+def _cells(names: list[str], values: np.ndarray) -> dict[str, Any]:
+    return {name: "" if np.isnan(value) else value for name, value in zip(names, values, strict=True)}
+
+
+def _as_written(table: Table, source: Path) -> list[dict[str, Any]]:
+    """The rows of a table with all of their cells."""
+    path = table_file(str(source))
+    if path is None:
+        return [_cells(table.names, row) for row in table.values]
+    header, body = read_rows(path)
+    return [dict(zip(header, row, strict=True)) for row in body]

@@ -16,6 +16,7 @@ from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import evaluate, load_task, train_once
 from mamba_zoo.tasks._gaps import interpolate, random_gaps, turn_gaps
 from mamba_zoo.tasks.anomaly import AnomalyDetector
+from mamba_zoo.tasks.forecasting import Forecaster
 from mamba_zoo.tasks.labelled_series import read_parts
 from mamba_zoo.tasks.series_data import SeriesData, fill_forward, split_rows
 from mamba_zoo.tasks.series_files import find_table, read_table
@@ -165,8 +166,14 @@ def test_a_forecaster_beats_the_simple_forecasts_and_writes_what_it_found(table,
     assert out.with_suffix(".png").exists()
     rows = predict(tmp_path / "run", table, out, "--every", "100")
     assert len(rows) == 4 * 12
-    assert rows[0]["a (truth)"]
+    values = read_table(table).values
+    assert [float(row["c (truth)"]) for row in rows[:12]] == values[100:112, 2].tolist()
     assert rows[-1]["a (truth)"] == ""
+    scaled = model.scaled(torch.from_numpy(values[52:100])).float()
+    with torch.no_grad():
+        found = model.predict_step((scaled[None], None, torch.zeros(1, 48, 0), None), 0)[0]
+    written = np.array([[row[name] for name in "abc"] for row in rows[:12]]).astype(np.float32)
+    np.testing.assert_allclose(written, found, rtol=5e-7, atol=1e-7)
     later = write_table(tmp_path / "later.csv", 700)
     rows = predict(tmp_path / "run", later, out, "--every", "1", "--interval", "0.8", "--calibrate", str(table))
     for name in "abc":
@@ -180,6 +187,23 @@ def test_a_forecaster_beats_the_simple_forecasts_and_writes_what_it_found(table,
         spread_of(model, table, 0.999)
     with pytest.raises(ValueError, match="interval=90 must lie between 0 and 1"):
         spread_of(model, table, 90)
+
+
+def test_columns_of_a_table_do_not_take_the_place_of_those_of_a_result(tmp_path):
+    (tmp_path / "t.csv").write_text("\n".join(["step,score", *(f"{i % 5},{i % 3}" for i in range(60))]))
+    given = {"in_chans": 2, "seq_len": 24, "columns": ["step", "score"]}
+    for model, wanted in [
+        (Forecaster("series_linear", pred_len=2, **given), ["origin", "step", "step (table)", "score"]),
+        (AnomalyDetector("series_linear", **given), ["step", "score", "threshold", "alarm"]),
+    ]:
+        parser = argparse.ArgumentParser()
+        model.predict_arguments(parser)
+        args = parser.parse_args([], argparse.Namespace(data=tmp_path / "t.csv", out=None, device="cpu", batch_size=4))
+        args.out = tmp_path / "out.csv"
+        model.predict_files(args)
+        rows = rows_of(args.out)
+        assert list(rows[0])[:4] == wanted
+        assert rows[1]["step"] == ("2" if "origin" in wanted else "1")
 
 
 def test_the_best_epoch_is_what_remains(table, tmp_path):
@@ -258,8 +282,6 @@ def test_another_model_than_the_recipes_is_not_given_its_arguments(table, tmp_pa
 
 
 def test_unknown_models_and_settings_are_refused(table):
-    from mamba_zoo.tasks.forecasting import Forecaster
-
     with pytest.raises(ValueError, match="no model of series named 'vim_tiny'"):
         Forecaster("vim_tiny")
     with pytest.raises(ValueError, match="takes no argument 'widht'"):
@@ -334,15 +356,17 @@ def test_an_imputer_beats_straight_lines_and_fills_a_table(table, tmp_path):
     )  # fmt: skip
     assert result["test"]["mse"] < 0.6 * result["test"]["line_mse"]
     values = read_table(table).values
-    lines = table.read_text().splitlines()
+    lines = [f"{line},{'ok' if i else 'note'}" for i, line in enumerate(table.read_text().splitlines())]
+    whole = [line.split(",") for line in lines]
     for i in range(101, 107):
-        cells = lines[i].split(",")
-        lines[i] = ",".join([cells[0], "", *cells[2:]])
+        lines[i] = ",".join([whole[i][0], "", *whole[i][2:]])
     gappy, out = tmp_path / "gappy.csv", tmp_path / "filled.csv"
     gappy.write_text("\n".join(lines))
     predict(tmp_path / "run", gappy, out)
-    filled = read_table(out)
-    np.testing.assert_allclose(filled.values[:, 1:], values[:, 1:], rtol=1e-4, atol=1e-5)
+    written = [line.split(",") for line in out.read_text().splitlines()]
+    assert [row[2:] for row in written] == [row[2:] for row in whole]
+    assert [row[:2] for row in [*written[:101], *written[107:]]] == [row[:2] for row in [*whole[:101], *whole[107:]]]
+    filled = read_table(out, ["a", "b", "c"])
     found, truth = filled.values[100:106, 0], values[100:106, 0]
     assert np.abs(found - truth).max() < 0.5
     score(tmp_path / "run")
