@@ -14,7 +14,7 @@ from torch import Tensor
 from ._classifier import write_classes
 from .audio_data import collate
 from .running import write_csv
-from .sound_files import BadSoundError, list_sounds, resample, sound_blocks
+from .sound_files import BadSoundError, list_sounds, name_results, resample, sound_blocks
 
 if TYPE_CHECKING:
     from .audio_classification import AudioClassifier
@@ -46,7 +46,8 @@ def predict_csv(model: AudioClassifier, args: argparse.Namespace) -> str:
     paths = [args.data] if args.data.is_file() else list_sounds(args.data)
     model = model.to(_device(args.device))
     kept, found, rows, skipped = [], [], [], []
-    for path in paths:
+    root = args.data.parent if args.data.is_file() else args.data
+    for path, called in zip(paths, name_results(paths, root), strict=True):
         try:
             places, probabilities = predict_windows(model, path, args.batch_size)
         except BadSoundError:
@@ -67,8 +68,9 @@ def predict_csv(model: AudioClassifier, args: argparse.Namespace) -> str:
         if args.pictures:
             from .audio_figures import plot_recording
 
-            args.pictures.mkdir(parents=True, exist_ok=True)
-            plot_recording(model, path, args.pictures / f"{path.stem}.png")
+            picture = args.pictures / called.with_name(f"{called.name}.png")
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            plot_recording(model, path, picture)
     if not kept:
         raise BadSoundError(f"none of the {len(skipped)} files of {args.data} can be read")
     write_classes(out, kept, torch.stack(found), model.class_names, args.top)

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from mamba_zoo.backbones import stream
 
-from .sound_files import list_sounds, read_sound, resample, resample_blocks, sound_blocks, sound_writer, write_sound
+from .sound_files import (
+    list_sounds,
+    name_results,
+    read_sound,
+    resample,
+    resample_blocks,
+    sound_blocks,
+    sound_writer,
+    write_sound,
+)
 from .speech_figures import plot_spectrograms
 
 if TYPE_CHECKING:
@@ -50,8 +59,8 @@ def predict_sounds(model: SpeechTask, args: argparse.Namespace) -> str:
     out = args.out or Path("predictions")
     device = "cuda" if args.device in ("auto", "gpu") and torch.cuda.is_available() else "cpu"
     net: Any = model.inference_net.to(device).eval()
-    for path in paths:
-        stem = out / path.relative_to(root).with_suffix("")
+    for path, called in zip(paths, name_results(paths, root), strict=True):
+        stem = out / called
         names = {name: stem.with_name(f"{stem.name}-{name}.wav") for name in model.voice_names()}
         if getattr(net, "causal", False):
             (name, target), *_ = names.items()

@@ -17,6 +17,7 @@ from mamba_zoo.tasks import sound_files, speech
 from mamba_zoo.tasks.sound_files import (
     BadSoundError,
     list_sounds,
+    name_results,
     read_sound,
     resample,
     resample_blocks,
@@ -218,11 +219,22 @@ def test_from_training_to_files(tmp_path, monkeypatch, capsys):
         "example0.png", "example0-mixture.wav", "example0-out-enhanced.wav", "example0-true-enhanced.wav",
     }  # fmt: skip
     tone(tmp_path / "new" / "deep" / "long.wav", 440, 9001, 11025)
+    for name in ("two.wav", "two.flac"):
+        tone(tmp_path / "new" / name, 440, 2000)
     predict = ["predict", "--checkpoint", str(out), "--data", str(tmp_path / "new"), "--out", str(tmp_path / "p")]
     assert main([*predict, "--device", "cpu", "--chunk-seconds", "0.1"]) == 0
     rate, written = wavfile.read(tmp_path / "p" / "deep" / "long-enhanced.wav")
     assert (rate, len(written)) == (11025, 9001)
     assert (tmp_path / "p" / "deep" / "long.png").stat().st_size > 1000
+    assert sorted(path.name for path in (tmp_path / "p").glob("*.*")) == [
+        "two.flac-enhanced.wav", "two.flac.png", "two.wav-enhanced.wav", "two.wav.png",
+    ]  # fmt: skip
+
+
+def test_results_of_recordings_with_the_same_name_are_kept_apart():
+    given = [Path(f"r/{name}") for name in ("0/a.wav", "0/a.flac", "0/a.wav.ogg", "1/a.wav", "1/b.c.wav")]
+    names = name_results(given, Path("r"))
+    assert [str(name) for name in names] == ["0/a.wav", "0/a.flac", "0/a.wav.ogg", "1/a", "1/b.c"]
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000])
