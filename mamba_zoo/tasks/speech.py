@@ -25,6 +25,7 @@ from .sound_files import write_sound
 from .speech_figures import plot_spectrograms
 
 _EXAMPLES = 3
+_SILENCE = 1 / 32768  # one step of 16 bits
 # Perceptual metrics: package that computes them, and sample rates it takes.
 _PERCEPTUAL = {"stoi": ("pystoi", None), "pesq": ("pesq", (8000, 16000))}
 
@@ -33,7 +34,7 @@ class SpeechTask(Task):
     """A model from waveforms `(b, n)` to waveforms, its loss and its metrics; see its two kinds.
 
     The loss is the negative signal-to-noise ratio in dB, no better than 30 dB, of the best assignment of outputs to
-    voices.
+    voices. Mixtures in which a clean voice is silent are not scored, as no ratio to silence means anything.
 
     Args:
         name: As in `mamba_zoo.list_models(modality="audio")`, or a baseline: "conv_mask" or "transformer_mask".
@@ -117,11 +118,15 @@ class SpeechTask(Task):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Metrics of one batch, kept for each mixture; the first few mixtures are kept themselves."""
-        best, metrics = self._evaluate(batch, "test")
+        best, metrics, heard = self._evaluate(batch, "test")
         rows = {name: values.tolist() for name, values in metrics.items()}
         for i, n in enumerate(batch[2].tolist()):
-            row = {name: values[i] for name, values in rows.items()}
-            row |= self._perceptual(best[i, :, :n].cpu(), batch[1][i, :, :n].float().cpu())
+            row = {}
+            if heard[i]:
+                row = {name: values[i] for name, values in rows.items()}
+                row |= self._perceptual(best[i, :, :n].cpu(), batch[1][i, :, :n].float().cpu())
+            else:
+                self.left_out[f"score of mixture {len(self._tested)}"] = "a clean voice in it is silent"
             self._tested.append(row)
             if len(self._examples) < _EXAMPLES:
                 signals = [batch[0][i, :n], *best[i, :, :n], *batch[1][i, :, :n]]
@@ -143,8 +148,9 @@ class SpeechTask(Task):
 
     @property
     def test_items(self) -> np.ndarray | None:
-        """SI-SDR improvement of each mixture, in dB."""
-        return np.array([row["si_sdri"] for row in self._tested]) if self._tested else None
+        """SI-SDR improvement of each mixture that was scored, in dB."""
+        found = [row["si_sdri"] for row in self._tested if row]
+        return np.array(found) if found else None
 
     def write_test_artifacts(self, out: Path) -> list[str]:
         """Metrics of every mixture, spectrograms and sound of the first few, and what was left out, with the reason."""
@@ -182,9 +188,12 @@ class SpeechTask(Task):
         """What the outputs are called in the names of files."""
         return ("enhanced",) if self.sources == 1 else tuple(f"voice{i + 1}" for i in range(self.sources))
 
-    def _evaluate(self, batch: Any, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+    def _evaluate(self, batch: Any, split: str) -> tuple[Tensor, dict[str, Tensor], list[bool]]:
+        """Outputs in the order of the voices, metrics `(b,)`, and which mixtures these are logged for."""
         mixture, voices, _ = batch
         voices = voices.float()
+        heard = (voices.abs().amax(-1) > _SILENCE).all(-1)
+        count = int(heard.sum())
         outputs = self.separate(self.inference_net, batch)
         sdr, order = permutation_invariant_training(
             outputs, voices, scale_invariant_signal_distortion_ratio, "speaker-wise"
@@ -193,8 +202,9 @@ class SpeechTask(Task):
         before = scale_invariant_signal_distortion_ratio(mixture.float()[:, None].expand_as(voices), voices).mean(1)
         metrics = {"si_sdri": sdr - before, "si_sdr": sdr, "loss": -best_snr(outputs, voices)}
         for name, values in metrics.items():
-            self.log(f"{split}/{name}", values.mean(), on_epoch=True, batch_size=len(mixture), sync_dist=True)
-        return best, metrics
+            mean = values[heard].mean() if count else values.new_zeros(())  # which then has no weight
+            self.log(f"{split}/{name}", mean, on_epoch=True, batch_size=count, sync_dist=True)
+        return best, metrics, heard.tolist()
 
     def _perceptual(self, outputs: Tensor, voices: Tensor) -> dict[str, float]:
         found = {}

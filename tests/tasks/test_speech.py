@@ -1,5 +1,6 @@
 """Speech enhancement and separation: mixtures, metrics, training, files in and out."""
 
+import csv
 import json
 import os
 import warnings
@@ -13,7 +14,7 @@ from scipy.io import wavfile
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio as si_sdr
 
 from mamba_zoo.__main__ import main
-from mamba_zoo.tasks import sound_files, speech
+from mamba_zoo.tasks import sound_files, speech, train_once
 from mamba_zoo.tasks.sound_files import (
     BadSoundError,
     list_sounds,
@@ -229,6 +230,33 @@ def test_from_training_to_files(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "p").glob("*.*")) == [
         "two.flac-enhanced.wav", "two.flac.png", "two.wav-enhanced.wav", "two.wav.png",
     ]  # fmt: skip
+
+
+def test_mixtures_with_a_silent_voice_are_not_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr(speech, "_PERCEPTUAL", {"stoi": ("no_such_package", None), "pesq": ("no_such_package", None)})
+    for part in ("train", "val", "test"):
+        for i in range(4):
+            tone(tmp_path / part / "clean" / f"{i}.wav", 200 + 50 * i)
+            write_sound(
+                tmp_path / part / "noisy" / f"{i}.wav", 0.1 * np.random.default_rng(i).standard_normal(2400), 8000
+            )
+    write_sound(tmp_path / "test" / "clean" / "2.wav", np.zeros(2400), 8000)
+    out = tmp_path / "run"
+    data = EnhancementData(str(tmp_path), seconds=0.3, batch_size=4)
+    train_once(
+        "semamba_mini", data, out, max_epochs=1, model={"options": TINY}, trainer={"accelerator": "cpu"},
+        task="speech-enhancement",
+    )  # fmt: skip
+    assert len(np.load(out / "test_items.npy")) == 3
+    assert main(["test", "--checkpoint", str(out), "--batch-size", "1", "--device", "cpu"]) == 0
+    with (out / "mixtures.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["mixture"] for row in rows if not row["si_sdr"]] == ["2"]
+    found = json.loads((out / "test.json").read_text())
+    for name in ("si_sdr", "si_sdri", "loss"):
+        mean = np.mean([float(row[name]) for row in rows if row[name]])
+        assert found[name] == pytest.approx(mean, abs=1e-3)
+    assert json.loads((out / "left_out.json").read_text())["score of mixture 2"] == "a clean voice in it is silent"
 
 
 def test_results_of_recordings_with_the_same_name_are_kept_apart():
