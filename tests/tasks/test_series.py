@@ -121,6 +121,9 @@ def test_missing_values_stop_or_are_read_as_the_one_before(tmp_path, table):
     assert not x.isnan().any()
     assert y.isnan().sum() == 0
     assert data.split("train").__getitems__([10])[1].isnan().sum() == 2
+    path.write_text("\n".join(["x,late", *(f"{i % 5},{i if i > 300 else ''}" for i in range(400))]))
+    with pytest.raises(ValueError, match="no value in column 'late' in its 280 training rows"):
+        SeriesData(str(path), 24, 12, missing="previous").setup()
     assert fill_forward(torch.tensor([[torch.nan], [2.0], [torch.nan]])).flatten().tolist() == [0, 2, 2]
 
 
