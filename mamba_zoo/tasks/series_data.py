@@ -189,8 +189,13 @@ class SeriesData(TaskData):
                 f"{self.root} has {len(table.values)} rows, {'/'.join(map(str, rows))} for training, validation and "
                 f"test: too few for windows of {steps} steps; give a smaller {smaller} or another split"
             )
-        values = self.check(table, rows[0])
+        values = self.check(table)
         train = values[: rows[0]]
+        if unknown := np.flatnonzero(np.isnan(train).all(0)).tolist():
+            raise ValueError(
+                f"{self.root} has no value in column {table.names[unknown[0]]!r} in its {rows[0]:,} training rows; "
+                "leave it out with data.columns"
+            )
         mean, deviation = np.nanmean(train, 0), deviation_of(train)
         target = torch.from_numpy(((values - mean) / deviation).astype(np.float32))
         marks = torch.from_numpy(mark_rows(table.dates, len(values)) if self.use_marks else np.zeros((len(values), 0)))
@@ -202,8 +207,8 @@ class SeriesData(TaskData):
             for i, name in enumerate(("train", "val", "test"))
         }
 
-    def check(self, table: Table, train_rows: int) -> np.ndarray:
-        """Values of the table; raises ValueError if some must not be missing, or training has none of a column."""
+    def check(self, table: Table) -> np.ndarray:
+        """Values of the table; raises ValueError if some are missing and must not be."""
         values = table.values
         gaps = np.isnan(values)
         if self.missing == "error" and gaps.any():
@@ -212,11 +217,8 @@ class SeriesData(TaskData):
                 f"{self.root} lacks {gaps.sum():,} of {gaps.size:,} values, the first in column "
                 f"{table.names[column]!r}, row {row + 2}; data.missing=previous reads the value before each"
             )
-        if empty := [name for name, column in zip(table.names, gaps[:train_rows].T, strict=True) if column.all()]:
-            raise ValueError(
-                f"{self.root} has no value in column {empty[0]!r} in its {train_rows:,} training rows; leave it out "
-                "with data.columns"
-            )
+        if empty := [name for name, column in zip(table.names, gaps.T, strict=True) if column.all()]:
+            raise ValueError(f"{self.root} has no value in column {empty[0]!r}; leave it out with data.columns")
         return values
 
     def starts(self, name: str, low: int, high: int) -> Tensor:
