@@ -35,8 +35,8 @@ class ImageData(TaskData):
         val_fraction: Part of the training images set apart where the source has no validation split.
         test_fraction: Likewise for a test split.
         split_seed: Of the automatic split.
-        train_crop: How training images are cut: "resized" takes a random part and resizes it, "padded" shifts the
-            image by up to an eighth, "none" resizes only.
+        train_crop: How training images are cut: "resized" takes a random part and resizes it, "none" takes the central
+            square as in evaluation, "padded" shifts that by up to an eighth.
         crop_scale: Least part of the image that "resized" keeps.
         hflip: Probability of a left-right flip.
         color_jitter: Strength of random brightness, contrast and saturation; 0 is off. Only with "resized".

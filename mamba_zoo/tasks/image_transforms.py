@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +114,10 @@ def _small_transform(to: Preprocess, shift: bool, hflip: float, auto_augment: st
     from timm.data.transforms import str_to_interp_mode
     from torchvision import transforms as T
 
+    # The steps of `eval_transform`: a model that is trained on stretched pictures would be tested on others.
     interpolation: Any = str_to_interp_mode(to.interpolation)
-    steps: list[Any] = [T.Resize((to.size, to.size), interpolation=interpolation)]
+    shorter = math.floor(to.size / to.crop_pct)
+    steps: list[Any] = [T.Resize(shorter, interpolation=interpolation), T.CenterCrop(to.size)]
     if shift:
         steps.append(T.RandomCrop(to.size, padding=max(1, to.size // 8)))
     if hflip:

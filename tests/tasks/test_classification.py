@@ -15,6 +15,7 @@ from mamba_zoo.tasks import ImageClassifier, ImageData, train_once
 from mamba_zoo.tasks.checkpoints import AtomicCheckpointIO, read_checkpoint
 from mamba_zoo.tasks.image_files import BadImageError, read_image
 from mamba_zoo.tasks.image_predict import predict_files
+from mamba_zoo.tasks.image_transforms import Preprocess, eval_transform, train_transform
 from mamba_zoo.tasks.optim import no_decay_names, parameter_groups, warmup_cosine
 from mamba_zoo.tasks.train import make_task
 
@@ -206,6 +207,19 @@ def test_folder_of_jpegs_trains_and_predicts(folder, tmp_path, device, ema_decay
     probabilities = predict_files(model, files, device=accelerator)
     assert probabilities.argmax(-1).tolist() == [1, 0]
     assert torch.allclose(probabilities.sum(-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+@pytest.mark.parametrize("size", [(20, 50), (50, 20), (16, 16), (8, 8)])
+def test_uncropped_training_sees_what_evaluation_sees(size, crop_pct):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image, to = Image.fromarray(pixels), Preprocess(16, 3, (0.5,) * 3, (0.25,) * 3, crop_pct=crop_pct)
+    seen = train_transform(to, "none", 0.35, 0.0, 0.0, None, 0.0)(image)
+    assert torch.equal(seen, eval_transform(to)(image))
+    if crop_pct == 1.0:  # the whole image of a square one, shifted by up to two pixels of the padded image
+        shifted = train_transform(to, "padded", 0.35, 0.0, 0.0, None, 0.0)(image)
+        windows = torch.nn.functional.pad(seen, (2, 2, 2, 2), value=-2.0).unfold(1, 16, 1).unfold(2, 16, 1)
+        assert (windows.permute(1, 2, 0, 3, 4) == shifted).flatten(2).all(-1).any()
 
 
 def test_folder_of_classes_is_split_automatically(folder):
