@@ -233,7 +233,7 @@ class ImageData(TaskData):
         self, items: Sequence[Any], targets: Sequence[int], sizes: dict[str, Any]
     ) -> dict[str, tuple[Sequence[Any], Sequence[int]]]:
         try:
-            indices = stratified_split(targets, list(sizes.values()), self.split_seed)
+            indices = stratified_split(targets, list(sizes.values()), self.split_seed, self._classes)
         except ValueError as error:
             raise ValueError(f"{self.root}: {error}") from None
         return {

@@ -124,16 +124,26 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders of `root` that hold its splits, by "train", "val" and "test"; empty if `root` holds classes."""
+    """The folders of `root` that hold its splits, by "train", "val" and "test"; empty if `root` holds classes.
+
+    Capitals do not matter. Beside folders of other names, one counts as a split only if it holds folders and no images:
+    "train" may be a class.
+
+    Raises:
+        FileNotFoundError: no such folder, or a training split alone.
+    """
     if not root.is_dir():
         raise FileNotFoundError(
             f"no folder {root}; root is 'digits', 'torchvision:NAME', or a folder with class folders or train/ and val/"
         )
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    only_splits = all(p.name.lower() in (*_TRAIN, *_VAL, *_TEST) for p in folders)
     found = {}
     for split, names in (("train", _TRAIN), ("val", _VAL), ("test", _TEST)):
         for name in names:
-            if (root / name).is_dir():
-                found.setdefault(split, root / name)
+            for folder in folders:
+                if folder.name.lower() == name and (only_splits or _holds_classes(folder)):
+                    found.setdefault(split, folder)
     if "train" not in found:
         return {}
     if len(found) == 1:
@@ -142,6 +152,11 @@ def split_folders(root: Path) -> dict[str, Path]:
             "to split it automatically"
         )
     return found
+
+
+def _holds_classes(folder: Path) -> bool:
+    inside = list(folder.iterdir())
+    return any(p.is_dir() for p in inside) and not any(p.suffix.lower() in EXTENSIONS for p in inside)
 
 
 def read_classes(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[Path], list[int], list[str]]:
@@ -178,13 +193,16 @@ def read_classes(folder: Path, classes: Sequence[str] | None = None) -> tuple[li
     return paths, targets, names
 
 
-def stratified_split(targets: Sequence[int], sizes: Sequence[int | float], seed: int) -> list[np.ndarray]:
+def stratified_split(
+    targets: Sequence[int], sizes: Sequence[int | float], seed: int, names: Sequence[str] | None = None
+) -> list[np.ndarray]:
     """Indices of disjoint parts that keep the proportions of the classes.
 
     Args:
         targets: Class numbers.
         sizes: Of each part after the first, as counts or fractions; the first part takes the rest.
         seed: Of the shuffle.
+        names: Of the classes, for messages.
 
     Raises:
         ValueError: a class too small to be in every part.
@@ -194,8 +212,9 @@ def stratified_split(targets: Sequence[int], sizes: Sequence[int | float], seed:
     classes, counts = np.unique(np.asarray(targets), return_counts=True)
     if counts.min() < len(sizes) + 1:
         rare = int(classes[counts.argmin()])
+        which = repr(names[rare]) if names else f"number {rare}"
         raise ValueError(
-            f"class number {rare} has {counts.min()} images, too few to split into {len(sizes) + 1} parts; "
+            f"class {which} has {counts.min()} images, too few to split into {len(sizes) + 1} parts; "
             "add images, or give train/ and val/ folders"
         )
     rest, parts = np.arange(len(targets)), []

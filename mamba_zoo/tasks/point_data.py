@@ -230,7 +230,7 @@ class PointData(TaskData):
 
     def _cut(self, whole: Clouds, fraction: float) -> tuple[Clouds, Clouds]:
         try:
-            rest, cut = stratified_split(whole.targets, [fraction], self.split_seed)
+            rest, cut = stratified_split(whole.targets, [fraction], self.split_seed, self._classes)
         except ValueError as error:
             raise ValueError(f"{self.root}: {str(error).replace('images', 'clouds')}") from None
         return _subset(whole, rest), _subset(whole, cut)

@@ -179,7 +179,7 @@ class VideoData(TaskData):
         self, clips: list[Path], targets: list[int], sizes: dict[str, float]
     ) -> dict[str, tuple[list[Path], list[int]]]:
         try:
-            indices = stratified_split(targets, list(sizes.values()), self.split_seed)
+            indices = stratified_split(targets, list(sizes.values()), self.split_seed, self._classes)
         except ValueError as error:
             raise ValueError(f"{self.root}: {str(error).replace('images', 'clips')}") from None
         return {

@@ -229,6 +229,26 @@ def test_folder_of_classes_is_split_automatically(folder):
     assert all(set(part.targets) == {0, 1} for part in parts)
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("car", "train", "test"):
+        for i in range(6):
+            write_image(tmp_path / name / f"{i}.png", (60, 60, 60))
+    data = ImageData(str(tmp_path), val_fraction=0.2, test_fraction=0.2)
+    assert data.classes == ["car", "test", "train"]
+    assert len(data.split("train")) == 10
+    (tmp_path / "car").rename(tmp_path / "val")  # nothing but names of splits: images without classes
+    with pytest.raises(FileNotFoundError, match=r"train holds no class folders"):
+        ImageData(str(tmp_path)).setup()
+
+
+def test_splits_are_found_in_any_case(folder):
+    (folder / "val").rename(folder / "Validation")
+    (folder / "train").rename(folder / "TRAIN")
+    (folder / "notes").mkdir()
+    data = ImageData(str(folder))
+    assert [len(data.split(s)) for s in ("train", "val", "test")] == [24, 8, 8]
+
+
 def test_torchvision_data_set_by_name(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -261,7 +281,7 @@ def test_bad_folders_say_what_is_wrong(folder, tmp_path):
     assert "class folder 'blue'" in error(folder)
     write_image(folder / "train" / "blue" / "0.png", (0, 0, 180))
     assert "lacks blue" in error(folder, ValueError)
-    assert "too few to split" in error(folder / "train", ValueError)
+    assert "class 'blue' has 1 images, too few to split" in error(folder / "train", ValueError)
     for split in ("val", "test"):
         (folder / split).rename(folder / f"old_{split}")
     assert "neither val/ nor test/" in error(folder)
