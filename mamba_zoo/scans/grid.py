@@ -18,6 +18,10 @@ from .core import Scan
 ANY = ("image", "video", "audio", "series")
 FLAT = ("image", "audio")  # images and spectrograms
 
+# LocalMamba's windows of 7 are padded where the grid is smaller, and the state fades over empty steps: to cut them
+# would change what its models compute.
+_LARGEST_PADDED = 7
+
 
 @register_scan("raster", modality=ANY)
 def raster(*size: int) -> np.ndarray:
@@ -68,8 +72,9 @@ def snake(height: int, width: int) -> np.ndarray:
 def window(height: int, width: int, size: int = 7) -> np.ndarray:
     """Windows one after another, rows within; the same with columns for rows; both reversed. Four directions.
 
-    The grid is padded at the right and the bottom to whole windows with empty steps. LocalMamba (arXiv:2403.09338)
-    mixes such directions with plain rows and columns, see `local`.
+    The grid is padded at the right and the bottom to whole windows with empty steps; windows of more than 7 are cut to
+    a smaller grid instead. LocalMamba (arXiv:2403.09338) mixes such directions with plain rows and columns, see
+    `local`.
     """
     return _both_ways(_windows(_tokens(height, width), size), _windows(_tokens(height, width).T, size))
 
@@ -79,12 +84,15 @@ def local(height: int, width: int, directions: Sequence[str] = ("h", "h_flip", "
     """Directions by LocalMamba's names. As many directions as names.
 
     "h" rows, "v" columns, "w7" windows of 7 in rows with rows inside (any size; padded with empty steps to whole
-    windows), each also with "_flip": reversed, padding included. Shorter directions get empty steps at their end.
-    LocalMamba (arXiv:2403.09338) searched four of these for every layer; the default is the list of LocalVim-S.
+    windows, see `window`), each also with "_flip": reversed, padding included. Shorter directions get empty steps at
+    their end. LocalMamba (arXiv:2403.09338) searched four of these for every layer; the default is the list of
+    LocalVim-S.
 
     Raises:
-        ValueError: a name that is none of these.
+        ValueError: a name that is none of these, or no list of names.
     """
+    if isinstance(directions, str) or not isinstance(directions, Sequence):
+        raise ValueError(f"local: directions={directions!r} must be a list of names, such as ['h', 'w7_flip']")
     grid = _tokens(height, width)
     rows = []
     for name in directions:
@@ -108,7 +116,8 @@ def atrous(height: int, width: int, step: int = 2) -> np.ndarray:
     (arXiv:2403.09977; there `step` is 2). Offsets run down the rows first; even directions go along rows, odd ones
     along columns. The grid is padded at the right and the bottom with empty steps.
     """
-    grid = _pad(_tokens(height, width), _positive(step, "atrous", "step"))
+    _positive(step, "atrous", "step")
+    grid = _pad(_tokens(height, width), step, step)
     phases = [grid[p % step :: step, p // step :: step] for p in range(step * step)]
     return np.stack([(phase.T if p % 2 else phase).reshape(-1) for p, phase in enumerate(phases)])
 
@@ -164,15 +173,17 @@ def _snake(grid: np.ndarray) -> np.ndarray:
     return path.reshape(-1)
 
 
-def _pad(grid: np.ndarray, multiple: int) -> np.ndarray:
+def _pad(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
     height, width = grid.shape
-    return np.pad(grid, ((0, -height % multiple), (0, -width % multiple)), constant_values=-1)
+    return np.pad(grid, ((0, -height % rows), (0, -width % columns)), constant_values=-1)
 
 
 def _windows(grid: np.ndarray, side: int) -> np.ndarray:
-    grid = _pad(grid, _positive(side, "window", "size"))
+    _positive(side, "window", "size")
+    rows, columns = (min(side, max(_LARGEST_PADDED, extent)) for extent in grid.shape)
+    grid = _pad(grid, rows, columns)
     height, width = grid.shape
-    return grid.reshape(height // side, side, width // side, side).swapaxes(1, 2).reshape(-1)
+    return grid.reshape(height // rows, rows, width // columns, columns).swapaxes(1, 2).reshape(-1)
 
 
 def _diagonals(grid: np.ndarray, zigzag: bool) -> np.ndarray:

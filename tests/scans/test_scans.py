@@ -107,6 +107,14 @@ def test_local_pads_shorter_directions_at_their_end():
     assert order[2].tolist() == order[1].tolist()[::-1]
 
 
+@pytest.mark.parametrize("size", [(3, 5), (9, 8), (2, 20)], ids=str)
+@pytest.mark.parametrize("spec", ["window(999)", "local(['w999', 'w999_flip'])"])
+def test_windows_beyond_the_grid_cost_no_steps(spec, size):
+    scan = build_scan(spec, *size)
+    assert scan.m <= max(7, size[0]) * max(7, size[1])
+    assert scan.order[0][scan.order[0] >= 0].tolist() == list(range(size[0] * size[1]))
+
+
 @pytest.mark.parametrize("size", [(2, 3), (3, 2), (3, 3), (4, 4)], ids=str)
 def test_snake_is_plainmambas(size):
     """The walk as the paper tells it: right, down, left, down, ... and its reverse; then the same in columns."""

@@ -91,6 +91,7 @@ def test_bad_specs_are_refused_before_any_grid_is_known(spec, message):
         ("atrous(step=-1)", (3, 3), r"atrous: step=-1"),
         ("random(k=0)", (3, 3), r"random: k=0"),
         ("local(['x'])", (3, 3), r"direction 'x' is unknown; use 'h', 'v' or 'w7'"),
+        ("local(50)", (3, 3), r"local: directions=50 must be a list of names, such as \['h', 'w7_flip'\]"),
         ("local([])", (3, 3), r"directions is empty"),
         ("first(raster, 2)", (3, 3), r"k=2\) is impossible: 'raster' has 1"),
         ("first(atrous)", (3, 3), r"scan 'first\(atrous\)' never visits 5 of 9 tokens, token 1 first"),
