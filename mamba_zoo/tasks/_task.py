@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .building import freeze_parts
 from .checkpoints import read_checkpoint
-from .optim import parameter_groups, warmup_cosine
+from .optim import check_optimizer, parameter_groups, warmup_cosine
 from .registry import task_of
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class Task(LightningModule):
         super().__init__()
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay={ema_decay} must lie between 0 and 1, such as 0.999; None is off")
+        check_optimizer(opt)
         self.net, self.name = net, name
         self.opt, self.lr, self.weight_decay, self.layer_decay = opt, lr, weight_decay, layer_decay
         self.recipe, self.warmup_epochs, self.min_lr, self.ema_decay = recipe, warmup_epochs, min_lr, ema_decay

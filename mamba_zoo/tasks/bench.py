@@ -130,7 +130,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if (args.batch_size is not None and args.batch_size < 1) or args.seconds <= 0:
         raise ValueError("batch-size must be at least 1 and seconds above 0")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(args.device)
     if args.captured and device.type != "cuda":
         raise ValueError(f"captured needs a CUDA device, not {device.type}; leave --captured out")
     batch = args.batch_size or (64 if device.type == "cuda" else 1)
@@ -181,3 +181,16 @@ def main(argv: Sequence[str]) -> int:
     )
     console.print(table)
     return 0
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, tried once; without a name the first GPU, or the CPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].strip().rstrip(".")
+        raise ValueError(
+            f"--device {name} cannot be used here ({reason}); give cpu or cuda:NUMBER, or leave --device out"
+        ) from None
+    return device

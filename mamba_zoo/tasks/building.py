@@ -41,9 +41,13 @@ def build_model(
         more: Further arguments of the model.
 
     Raises:
-        ValueError: an unknown name, or images the model cannot take.
+        ValueError: an unknown name, a rate out of range, or images the model cannot take.
         FileNotFoundError: no such `checkpoint_path`.
     """
+    for key, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+        if rate is not None and not 0 <= rate < 1:
+            raise ValueError(f"{key}={rate} must lie in [0, 1), such as 0.1")
+    side = image_input(name, img_size)[1]
     options: dict[str, Any] = {"in_chans": in_chans, "pretrained": pretrained}
     given = {
         "num_classes": num_classes,
@@ -58,7 +62,6 @@ def build_model(
     if img_size is not None and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = img_size
     net = mamba_zoo.create_model(name, **options)
-    side = image_input(name, img_size)[1]
     try_image(net, name, input_shape(net, in_chans, side), side)
     return net
 
@@ -75,6 +78,8 @@ def image_input(name: str, size: int | None) -> tuple[int, int]:
     """
     cfg = _cfg(name)
     shape = cfg.input_size if cfg else None
+    if cfg is not None and shape is None:
+        raise ValueError(f"{name} takes no images; choose an image model (mamba-zoo list --modality image)")
     if shape is not None and len(shape) != 3:
         raise ValueError(f"{name} takes inputs of shape {tuple(shape)}, not images; choose an image model")
     return (shape[0], size or shape[-1]) if shape else (3, size or 224)
@@ -139,7 +144,14 @@ def freeze_parts(net: nn.Module, mode: str) -> list[nn.Module]:
 
 
 def make_mixer(mixup: float, cutmix: float, label_smoothing: float, num_classes: int) -> Any:
-    """Timm's mixup and cutmix, or None if both are off."""
+    """Timm's mixup and cutmix, or None if both are off.
+
+    Raises:
+        ValueError: an alpha below 0.
+    """
+    for key, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        if not alpha >= 0:
+            raise ValueError(f"{key}={alpha} must be at least 0, such as 0.2; 0 is off")
     if not mixup and not cutmix:
         return None
     from timm.data.mixup import Mixup

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 import torch.nn.functional as F
+from timm.data.mixup import mixup_target
 from torch import Tensor
 
 from ._classifier import Classifier, check_classes
@@ -90,9 +92,23 @@ class ImageClassifier(Classifier):
         if self.mix is None:
             return super().batch_loss(batch)
         x, y = batch
-        even = len(x) - len(x) % 2  # timm's mixup pairs images
-        x, soft = self.mix(x[:even], y[:even])
+        even = len(x) - len(x) % 2  # timm's mixup pairs images; one without a partner stays as it is
+        soft = mixup_target(y, self.mix.num_classes, smoothing=self.mix.label_smoothing)
+        if even:
+            mixed, soft[:even] = self.mix(x[:even], y[:even])
+            x = torch.cat([mixed, x[even:]]) if even < len(x) else mixed
         return -(soft * F.log_softmax(self.net(x).float(), dim=-1)).sum(-1).mean()
+
+    def on_fit_start(self) -> None:
+        """Refuse batches whose images cannot be paired for mixing.
+
+        Raises:
+            ValueError: images are mixed, and the batch size is odd.
+        """
+        size = getattr(cast(Any, self.trainer).datamodule, "batch_size", 0)
+        if self.mix is not None and size % 2:
+            raise ValueError(f"batch_size={size} is odd, but mixup and cutmix pair images; use an even one")
+        super().on_fit_start()
 
     @classmethod
     def predict_arguments(cls, parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from ._task import Task
 from .checkpoints import AtomicCheckpointIO, write_atomically
 from .recipes import RUNS, plan, shipped_for
 from .registry import find_task, task_list
-from .running import fit, quiet, run_callbacks
+from .running import fit, quiet, run_callbacks, trainer_settings
 from .summary import EpochLines, print_summary, progress_bar
 
 # A process started by the trainer for another GPU works in the folder that the first one chose.
@@ -147,7 +147,8 @@ class FitCLI(LightningCLI):
         self.datamodule.seed_order(self.config.seed_everything)
         steps = max(1, len(self.datamodule.train_dataloader()))
         kwargs["log_every_n_steps"] = trainer["log_every_n_steps"] or min(50, steps)
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        with trainer_settings(**{f"--trainer.{key}": trainer[key] for key in ("accelerator", "devices")}):
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def fit(self) -> int:
         """Train, and say where the results are."""

@@ -9,6 +9,8 @@ from typing import Any
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms_factory import create_transform
 
+from .building import image_input
+
 TRAIN_CROPS = ("resized", "padded", "none")
 
 
@@ -40,15 +42,18 @@ class Preprocess:
             name: A registered model, or None.
             size: Height and width; None takes the model's. A size of the user's own is not cropped.
             in_chans: 1 averages the statistics of the colours.
+
+        Raises:
+            ValueError: `name` takes no images.
         """
         import timm
 
         cfg = timm.get_pretrained_cfg(name) if name and timm.is_model(name) else None
+        own = image_input(name, None)[1] if name else 224
         mean = tuple(cfg.mean) if cfg else IMAGENET_DEFAULT_MEAN
         std = tuple(cfg.std) if cfg else IMAGENET_DEFAULT_STD
         if in_chans == 1:
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-        own = cfg.input_size[-1] if cfg else 224
         crop_pct = cfg.crop_pct if cfg and size in (None, own) else 1.0
         interpolation = cfg.interpolation if cfg and cfg.interpolation else "bicubic"
         return cls(size or own, in_chans, mean, std, interpolation, crop_pct or 1.0)
@@ -92,6 +97,8 @@ def train_transform(
             raise ValueError(f"{name}={value} is a probability and must lie between 0 and 1")
     if not 0 < crop_scale <= 1:
         raise ValueError(f"crop_scale={crop_scale} must lie between 0 and 1")
+    if auto_augment:
+        _check_policy(auto_augment)
     if crop == "resized":
         return create_transform(
             (to.in_chans, to.size, to.size),
@@ -106,6 +113,19 @@ def train_transform(
             re_prob=random_erase,
         )
     return _small_transform(to, crop == "padded", hflip, auto_augment, random_erase)
+
+
+def _check_policy(name: str) -> None:
+    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
+    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    make = next((maker for start, maker in makers.items() if name.startswith(start)), auto_augment_transform)
+    try:
+        make(name, {})
+    except (AssertionError, ValueError, KeyError):
+        raise ValueError(
+            f"auto_augment={name!r} is no policy of timm; use one such as 'rand-m9-mstd0.5-inc1' or 'original'"
+        ) from None
 
 
 def _small_transform(to: Preprocess, shift: bool, hflip: float, auto_augment: str | None, random_erase: float) -> Any:

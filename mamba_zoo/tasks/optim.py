@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable
@@ -24,6 +25,17 @@ _PUBLISHED_DECAY: tuple[tuple[str, str], ...] = (
     (r"^(aum|ssamba)", r""),
     (r"", r"(^|\.)A(_b)?_logs?$"),
 )
+
+
+def check_optimizer(name: str) -> None:
+    """Raise ValueError unless timm has an optimizer of that name."""
+    from timm.optim._optim_factory import list_optimizers
+
+    known = list_optimizers()
+    if name.lower().rpartition("_")[2] not in known:  # before it may stand "lookahead_"
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "use one such as adamw, lamb or sgd"
+        raise ValueError(f"opt={name!r} is no optimizer of timm; {hint}")
 
 
 def no_decay_names(model: nn.Module, recipe: str = "recommended", name: str = "") -> set[str]:

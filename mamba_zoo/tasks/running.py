@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -145,16 +146,41 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def trainer_settings(**given: Any) -> Iterator[None]:
+    """Where a trainer is made: what it says about its settings becomes a ValueError that names them.
+
+    Args:
+        given: Settings that choose devices, by the names that the user knows.
+
+    Raises:
+        ValueError: a setting that the trainer refuses, such as a GPU where there is none.
+    """
+    try:
+        yield
+    except MisconfigurationException as error:
+        named = ", ".join(f"{key} {value}" for key, value in given.items() if value not in (None, "auto"))
+        where = f" ({named})" if named else ""
+        raise ValueError(
+            f"{str(error).strip().rstrip('.!')}{where}; mamba-zoo doctor says what this machine has, auto takes it"
+        ) from None
+
+
 def quiet_trainer(device: str) -> Trainer:
-    """A trainer on one device that tests and predicts without writing anything; use it within `quiet()`."""
-    return Trainer(
-        accelerator=device,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    """A trainer on one device that tests and predicts without writing anything; use it within `quiet()`.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    with trainer_settings(**{"--device": device}):
+        return Trainer(
+            accelerator=device,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
 
 
 class _Pressed(Callback):

@@ -16,7 +16,7 @@ from ._data import TaskData
 from ._task import Task
 from .checkpoints import AtomicCheckpointIO, write_atomically
 from .registry import DEFAULT, find_task, task_for
-from .running import fit, quiet, run_callbacks
+from .running import fit, quiet, run_callbacks, trainer_settings
 
 
 def train_once(
@@ -79,13 +79,11 @@ def train_once(
         seed_everything(seed, verbose=False)
         module = make_task(name, data, scan, model, task)
         callbacks, history = run_callbacks(out, seed, module.monitor, module.monitor_mode)
-        runner = Trainer(
-            max_epochs=max_epochs,
-            logger=False,
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
-            **{**_TRAINER, **(trainer or {})},
-        )
+        options = {**_TRAINER, **(trainer or {})}
+        with trainer_settings(**{key: (trainer or {}).get(key) for key in ("accelerator", "devices")}):
+            runner = Trainer(
+                max_epochs=max_epochs, logger=False, callbacks=callbacks, plugins=[AtomicCheckpointIO()], **options
+            )
         cuda = runner.strategy.root_device.type == "cuda"
         if cuda:
             torch.cuda.init()  # the counters do not exist before

@@ -17,6 +17,7 @@ from mamba_zoo.tasks.image_files import BadImageError, read_image
 from mamba_zoo.tasks.image_predict import predict_files
 from mamba_zoo.tasks.image_transforms import Preprocess, eval_transform, train_transform
 from mamba_zoo.tasks.optim import no_decay_names, parameter_groups, warmup_cosine
+from mamba_zoo.tasks.running import quiet_trainer
 from mamba_zoo.tasks.train import make_task
 
 FAST = "test_vit"  # a tiny transformer of timm: these tests are about training, not about the model
@@ -155,6 +156,32 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     assert whole["test"] == parts["test"]
     untimed = [[{k: v for k, v in row.items() if k != "seconds"} for row in r["curve"]] for r in (whole, parts)]
     assert untimed[0] == untimed[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_missing_gpu_is_said_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"gpu.*\(accelerator gpu\); mamba-zoo doctor"):
+        train_once(FAST, fast_digits(), tmp_path, trainer={"accelerator": "gpu"})
+    with pytest.raises(ValueError, match=r"gpu.*\(--device gpu\); mamba-zoo doctor"):
+        quiet_trainer("gpu")
+
+
+def test_images_that_cannot_be_paired_are_not_mixed(tmp_path):
+    with pytest.raises(ValueError, match="batch_size=65 is odd, but mixup and cutmix pair images"):
+        train_once(FAST, ImageData(image_size=16, batch_size=65), tmp_path, model={"cutmix": 1.0}, trainer=CPU)
+
+
+def test_mixing_leaves_no_image_out():
+    model = ImageClassifier(FAST, in_chans=1, img_size=16, mixup=1.0, label_smoothing=0.1).eval()
+    x, y = torch.rand(1, 1, 16, 16), torch.tensor([3])
+    plain = torch.nn.functional.cross_entropy(model.net(x), y, label_smoothing=0.1)
+    assert torch.allclose(model.batch_loss((x.clone(), y)), plain)  # one image has no partner
+    x, seen = torch.rand(3, 1, 16, 16), []
+    model.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]))
+    model.batch_loss((x.clone(), torch.tensor([3, 4, 5])))
+    assert seen[0].shape == x.shape
+    assert torch.equal(seen[0][2], x[2])
+    assert not torch.equal(seen[0][:2], x[:2])
 
 
 def test_finished_run_is_read_back_and_other_settings_refused(tmp_path, monkeypatch):
