@@ -43,11 +43,11 @@ def create_model(
     Args:
         name: As in `list_models()`, or any model of timm.
         checkpoint_path: File of published or own weights: `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors`, as the
-            authors published it. Every weight is used and none is missing; only a classifier of another size (when
-            `num_classes` is given) keeps its initialisation. Works with `features_only=True` as well. None and "" are
-            no file. Of plain and averaged weights in one file, those are taken that its scores belong to: the average
-            from a run of this package or of timm's scripts, as timm does, the plain ones from published files; which,
-            is logged at level INFO.
+            authors published it; or the folder of a run of `mamba-zoo fit`, for its best one. Every weight is used and
+            none is missing; only a classifier of another size (when `num_classes` is given) keeps its initialisation.
+            Works with `features_only=True` as well. None and "" are no file. Of plain and averaged weights in one file,
+            those are taken that its scores belong to: the average from a run of this package or of timm's scripts, as
+            timm does, the plain ones from published files; which, is logged at level INFO.
         pretrained: Load the published file from its published address.
         kwargs: Arguments of the model, such as `num_classes`, `in_chans`, `scan`, `drop_path_rate`, `device`, and of
             timm's builder, such as `features_only` and `out_indices`. None stands for the default. A function as `scan`

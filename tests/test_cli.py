@@ -134,6 +134,9 @@ def test_fit_interrupt_resume_test_predict(here, capsys):
     assert "pictures/bad.png" in capsys.readouterr().err
     assert main([*predict, "--on-bad-image", "skip", "--out", "out.csv"]) == 0
     assert "1 unreadable" in capsys.readouterr().out
+    (here / "results").mkdir()
+    assert main([*predict, "--on-bad-image", "skip", "--out", "results"]) == 0
+    assert (here / "results" / "predictions.csv").read_bytes() == (here / "out.csv").read_bytes()
     with (here / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == ["pictures/a.png", "pictures/more/b.png"]

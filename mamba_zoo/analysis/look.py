@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default="vmamba_mini", help="as in mamba-zoo list; receptive fields of timm's too")
     parser.add_argument("--scan", nargs="+", default=[None], help="scans to compare; by default the model's own")
-    parser.add_argument("--checkpoint", nargs="+", default=[], help="weights: one file, or one for each scan")
+    parser.add_argument("--checkpoint", nargs="+", default=[], help="weights: one file or run, or one for each scan")
     parser.add_argument("--pretrained", action="store_true", help="weights from the authors' address")
     parser.add_argument("--num-classes", type=int, help="of the weights")
     parser.add_argument("--image", nargs="+", default=[], help="pictures; by default noise")

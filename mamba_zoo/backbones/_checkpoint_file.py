@@ -73,7 +73,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     come back as inert stand-ins.
 
     Args:
-        path: The file.
+        path: The file, or the folder of a run of `mamba-zoo fit` for its best one.
 
     Returns: The object that was saved; a flat dict of tensors for safetensors.
 
@@ -83,10 +83,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
             harmless.
     """
     path = Path(path).expanduser()
+    if (path / "best.ckpt").exists():
+        path /= "best.ckpt"
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the checkpoint file in it")
+        raise ValueError(f"{path} is a folder without best.ckpt; give the checkpoint file in it")
     with path.open("rb") as file:
         head = file.read(512)
     if not head:

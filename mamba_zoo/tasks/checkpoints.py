@@ -44,6 +44,8 @@ def write_atomically(path: Path, write: Any) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         # torch's zip writer reports a failed write as a RuntimeError
+        if path.is_dir():
+            raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it") from error
         kept = "; the previous file is unharmed" if path.exists() else ""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk may be full"
         raise OSError(f"cannot write {path}: {reason}{kept}") from error

@@ -291,7 +291,7 @@ class Detector(Task):
             count += len(objects)
             rows.append({"file": str(path), "objects": objects})
             if not args.no_pictures:
-                save_picture(self._picture(path, found, args.score), out / picture_name(path, args.data))
+                save_picture(self._picture(path, found, args.score), out / picture_name(path, args.data, out))
         write_atomically(out / "predictions.json", lambda f: f.write(json.dumps(rows).encode()))
         return f"{count:,} objects in {len(paths):,} images -> {out}"
 
@@ -352,9 +352,14 @@ class ImageFiles(Dataset):
         return to_tensor(read_image(self.paths[index], "RGB"))
 
 
-def picture_name(path: Path, data: Path) -> Path:
-    """Where the picture of a file goes below the folder of results: as its file lies below `data`."""
+def picture_name(path: Path, data: Path, out: Path) -> Path:
+    """Where the picture of a file goes below `out`: as its file lies below `data`, but never in its place.
+
+    Files of another kind than PNG keep their ending: `a.jpg` and `a.png` may lie side by side.
+    """
     inside = Path(path.name) if path == data else path.relative_to(data)
+    if path.suffix.lower() == ".png" and (out / inside).resolve() != path.resolve():
+        return inside
     return inside.with_name(f"{inside.name}.png")
 
 

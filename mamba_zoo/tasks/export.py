@@ -66,13 +66,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", type=Path, help="of mamba-zoo fit (or its run folder), or a published file")
     parser.add_argument("--scan", help="scan order; default: the published one, or that of the run")
     parser.add_argument("--image-size", type=int, help="height and width in pixels; default: the model's")
-    parser.add_argument("--out", type=Path, default=Path("model.pt2"), help="default: model.pt2")
+    parser.add_argument("--out", type=Path, default=Path("model.pt2"), help="file or folder (default: model.pt2)")
     args = parser.parse_args(argv)
+    out = args.out / "model.pt2" if args.out.is_dir() else args.out
     net, channels, size = _model(args)
     shape = input_shape(net, channels, size)
-    difference = export_model(net, torch.zeros(1, *shape), args.out)
+    difference = export_model(net, torch.zeros(1, *shape), out)
     Console().print(
-        f"{args.out}: inputs (batch, {', '.join(map(str, shape))}) -> class scores; "
+        f"{out}: inputs (batch, {', '.join(map(str, shape))}) -> class scores; "
         f"largest relative difference from the model {difference:.1e}",
         highlight=False,
         soft_wrap=True,

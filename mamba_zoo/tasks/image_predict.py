@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def predict_csv(model: ImageClassifier, args: argparse.Namespace) -> str:
-    """Write the likeliest classes of each image, by default into `predictions.csv`.
+    """Write the likeliest classes of each image, by default into `predictions.csv`, here or in the folder `out`.
 
     Raises:
         ValueError: `top` below 1.
@@ -41,6 +41,8 @@ def predict_csv(model: ImageClassifier, args: argparse.Namespace) -> str:
     if args.top < 1:
         raise ValueError(f"top={args.top} must be at least 1")
     out = args.out or Path("predictions.csv")
+    if out.is_dir():
+        out /= "predictions.csv"
     paths = [args.data] if args.data.is_file() else list_images(args.data)
     skipped: list[Path] = []
     if args.on_bad_image == "skip":

@@ -214,7 +214,7 @@ class Segmenter(Task):
         with quiet():
             batches: Any = quiet_trainer(args.device).predict(self, loader)
         for path, found in zip(paths, torch.cat(batches), strict=True):
-            image, name = read_image(path, "RGB"), picture_name(path, args.data)
+            image, name = read_image(path, "RGB"), picture_name(path, args.data, out)
             inside = fitted(image, size).size
             mask = Image.fromarray(found.cpu().numpy()[: inside[1], : inside[0]].astype(np.uint8))
             mask = mask.resize(image.size, Image.Resampling.NEAREST)

@@ -91,7 +91,7 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path, numbers
 
     Args:
         counts: `(classes, classes)` items.
-        names: Of the classes.
+        names: Of the classes; where matplotlib's font cannot write them all, the axes show class numbers.
         path: Of the PNG.
         numbers: Write the counts of up to 20 classes into the cells.
     """
@@ -103,13 +103,21 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path, numbers
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     if len(names) <= 60:
-        axis.set_xticks(range(len(names)), names, rotation=90)
-        axis.set_yticks(range(len(names)), names)
+        names = names if _in_font("".join(names)) else [str(i) for i in range(len(names))]
+        axis.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+        axis.set_yticks(range(len(names)), names, parse_math=False)
     if numbers and len(names) <= 20:
         for i, j in np.argwhere(counts):
             color = "white" if parts[i, j] > 0.5 else "black"
             axis.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=color, fontsize=8)
     _save(figure, path)
+
+
+def _in_font(text: str) -> bool:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    return all(font.get_char_index(ord(character)) for character in text)
 
 
 def _figure(size: tuple[float, float]) -> Any:

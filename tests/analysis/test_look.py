@@ -48,6 +48,10 @@ def test_uses_the_weights_it_is_given(tmp_path, capsys):
     torch.save(model.state_dict(), tmp_path / "w.pth")
     arguments = [*SMALL, "--checkpoint", str(tmp_path / "w.pth"), "--out", str(tmp_path / "out")]
     assert main(["look", *arguments, "--num-classes", "3"]) == 0
+    (tmp_path / "run").mkdir()  # of a run, the best weights
+    (tmp_path / "w.pth").rename(tmp_path / "run" / "best.ckpt")
+    arguments[arguments.index("--checkpoint") + 1] = str(tmp_path / "run")
+    assert main(["look", *arguments, "--num-classes", "3"]) == 0
     assert main(["look", *arguments, "--num-classes", "3", "--scan", "raster"]) == 2
     assert "error:" in capsys.readouterr().err
 

@@ -135,7 +135,7 @@ DAMAGED = {
     "no weights under a known name: its entries are epoch, args": no_weights,
     "holds a list": a_list,
     "is empty": lambda path, weights: path.touch(),
-    "is a folder": lambda path, weights: path.mkdir(),
+    "is a folder without best.ckpt": lambda path, weights: path.mkdir(),
 }
 
 

@@ -13,11 +13,13 @@ from PIL import Image
 import mamba_zoo
 from mamba_zoo.tasks import ImageClassifier, ImageData, train_once
 from mamba_zoo.tasks.checkpoints import AtomicCheckpointIO, read_checkpoint
+from mamba_zoo.tasks.detection import picture_name
 from mamba_zoo.tasks.image_files import BadImageError, read_image
 from mamba_zoo.tasks.image_predict import predict_files
 from mamba_zoo.tasks.image_transforms import Preprocess, eval_transform, train_transform
 from mamba_zoo.tasks.optim import no_decay_names, parameter_groups, warmup_cosine
 from mamba_zoo.tasks.running import quiet_trainer
+from mamba_zoo.tasks.summary import plot_confusion
 from mamba_zoo.tasks.train import make_task
 
 FAST = "test_vit"  # a tiny transformer of timm: these tests are about training, not about the model
@@ -377,6 +379,23 @@ def test_diverged_run_stops_and_keeps_the_last_good_epoch(tmp_path, monkeypatch)
 def test_bad_settings_say_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         ImageClassifier(**options)
+
+
+def test_confusion_of_classes_that_the_font_cannot_write(tmp_path):
+    counts = np.array([[3, 1], [0, 2]])  # a warning would be an error here
+    for file, names in (("named.png", ["K\u00e4tze", "5 $ or $6"]), ("numbered.png", ["\u65e5\u672c", "\u72ac"])):
+        plot_confusion(counts, names, tmp_path / file)
+    plot_confusion(counts, ["0", "1"], tmp_path / "expected.png")
+    pictures = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert pictures["numbered.png"] == pictures["expected.png"] != pictures["named.png"]
+
+
+def test_pictures_never_take_the_place_of_images(tmp_path):
+    image, out = tmp_path / "photos" / "more" / "a.PNG", tmp_path / "found"
+    assert picture_name(image, tmp_path / "photos", out).as_posix() == "more/a.PNG"
+    assert picture_name(image, tmp_path / "photos", tmp_path / "photos").as_posix() == "more/a.PNG.png"
+    assert picture_name(image, image, out).as_posix() == "a.PNG"
+    assert picture_name(image.with_suffix(".jpg"), tmp_path / "photos", out).as_posix() == "more/a.jpg.png"
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path):

@@ -303,11 +303,11 @@ def test_predictions_are_files_and_pictures(task, tmp_path, monkeypatch, capsys)
         predict += ["--score", "0.0"]
     assert main(predict) == 0
     assert "2 images -> found" in capsys.readouterr().out
-    for name in ("0.png.png", "more/1.png.png"):
+    for name in ("0.png", "more/1.png"):
         with Image.open(tmp_path / "found" / name) as picture:
             assert min(picture.size) >= 380
     if task == "semantic-segmentation":
-        with Image.open(tmp_path / "found" / "masks" / "0.png.png") as mask:
+        with Image.open(tmp_path / "found" / "masks" / "0.png") as mask:
             assert mask.size == (64, 50)
             assert np.asarray(mask).max() <= 10
         with (tmp_path / "run" / "classes.csv").open() as file:
