@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,6 +46,35 @@ class TaskData(LightningDataModule):
         self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
         self.order_seed = 0
         self._splits: dict[str, Dataset] | None = None
+
+    @classmethod
+    def own_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `settings` that the constructor takes."""
+        taken = inspect.signature(cls).parameters
+        return {key: value for key, value in settings.items() if key in taken}
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Store the arguments of the constructor, and not what only a parent's constructor takes.
+
+        Args:
+            args: See Lightning's `save_hyperparameters`, as for all that follow.
+            ignore: Arguments that are not stored.
+            frame: Of the constructor.
+            logger: Whether loggers are given them.
+        """
+        current = inspect.currentframe()
+        families = (base for base in type(self).__mro__ if issubclass(base, TaskData))
+        everything = {key for base in families for key in inspect.signature(base).parameters}
+        foreign = everything - set(inspect.signature(type(self)).parameters)
+        more = [ignore] if isinstance(ignore, str) else list(ignore or ())
+        frame = frame or (current and current.f_back)
+        super().save_hyperparameters(*args, ignore=[*foreign, *more], frame=frame, logger=logger)
 
     def parts(self) -> dict[str, Dataset]:
         """The data sets "train", "val" and "test", listed and split; called once, on first use."""

@@ -33,7 +33,8 @@ def test_main(argv: Sequence[str]) -> int:
     if not settings and not args.data:
         raise ValueError(f"{args.checkpoint} does not say what it was trained on; give --data")
     kind = find_task(task_of(type(model)) or "").data_class
-    data = kind(**(settings | ({"root": args.data} if args.data else {})))
+    # Runs of earlier versions stored arguments that only a parent of their class takes.
+    data = kind(**kind.own_settings(settings | ({"root": args.data} if args.data else {})))
     items = data.scored(model, args.split, other=args.data is not None)
     with quiet():
         loader = data.loader(items, args.batch_size, args.num_workers)

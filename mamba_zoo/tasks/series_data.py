@@ -119,8 +119,7 @@ class SeriesData(TaskData):
         if seq_len < 2 or pred_len < 0 or (season is not None and season < 1):
             raise ValueError(f"seq_len={seq_len} must be at least 2, pred_len={pred_len} 0, and season={season} 1")
         _parse_split(split)
-        if type(self) is SeriesData:
-            self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(logger=False)
         self.seq_len, self.pred_len, self.columns, self.date_column = seq_len, pred_len, columns, date_column
         self.how, self.missing, self.season, self.use_marks = split, missing, season, marks
         self._table: Table | None = None

@@ -49,8 +49,7 @@ class WindowData(SeriesData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(root, seq_len, 0, columns, split, missing, None, marks, date_column, batch_size, num_workers)
-        if type(self) is WindowData:
-            self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(logger=False)
 
     def starts(self, name: str, low: int, high: int) -> Tensor:
         """First rows of the windows of a part, whose rows are from `low` to `high`."""

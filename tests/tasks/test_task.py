@@ -53,6 +53,15 @@ def test_every_registered_task_keeps_the_contract():
         assert not missing, f"{name}: the data tell the model {missing}, which it does not take"
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_stored_settings_rebuild_the_data(name):
+    kind = TASKS[name].data_class
+    data = kind(batch_size=3) if "batch_size" in inspect.signature(kind).parameters else kind()
+    again = kind(**data.hparams)
+    assert dict(again.hparams) == dict(data.hparams)
+    assert set(data.hparams) == set(inspect.signature(kind).parameters)
+
+
 def test_trains_scores_and_stores_what_any_task_does(toy, tmp_path):
     data = LineData(points=6)
     result = train_once("linear", data, tmp_path / "run", max_epochs=6, model={"lr": 0.3}, trainer=CPU)
