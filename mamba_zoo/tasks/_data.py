@@ -25,6 +25,8 @@ class TaskData(LightningDataModule):
     Attributes:
         tells: For each argument of the model that follows from the data, the attribute or property of this object that
             holds it. Values are plain, so that a checkpoint can hold them.
+        measured: Arguments among them that training measured of its items, such as their mean. Other data are scored by
+            what the model was told, and need not be like it.
         collate: Makes a batch of a list of items; None is torch's own, which stacks tensors.
 
     Args:
@@ -37,6 +39,7 @@ class TaskData(LightningDataModule):
     """
 
     tells: ClassVar[Mapping[str, str]] = {}
+    measured: ClassVar[tuple[str, ...]] = ()
     collate: ClassVar[Callable[[list[Any]], Any] | None] = None
 
     def __init__(self, root: str, batch_size: int = 64, num_workers: int = 0) -> None:
@@ -45,6 +48,7 @@ class TaskData(LightningDataModule):
             raise ValueError(f"batch_size={batch_size} must be at least 1 and num_workers={num_workers} at least 0")
         self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
         self.order_seed = 0
+        self.taken: dict[str, Any] = {}
         self._splits: dict[str, Dataset] | None = None
 
     @classmethod
@@ -85,10 +89,16 @@ class TaskData(LightningDataModule):
         return {argument: getattr(self, source) for argument, source in self.tells.items()}
 
     def split(self, name: Split) -> Any:
-        """One of the three parts, a data set with a length."""
+        """One of the three parts, a data set with a length; see `scored_part`."""
         self.setup()
         assert self._splits is not None
-        return self._splits[name]
+        return self._splits[self.scored_part(name)]
+
+    def scored_part(self, name: Split) -> Split:
+        """The part that stands for `name`: where the source has no test items, validation stands for the test."""
+        self.setup()
+        assert self._splits is not None
+        return "val" if name == "test" and "test" not in self._splits else name
 
     def describe(self, unit: str) -> list[tuple[str, str]]:
         """Rows for the summary of a run; `unit` is the plural of one item, such as "images"."""
@@ -103,19 +113,49 @@ class TaskData(LightningDataModule):
 
         Args:
             model: The trained `Task`.
-            split: Part asked for.
+            split: Part asked for; of other data without parts, every item is scored.
             other: Whether the user named these data, instead of those that `model` was trained on.
 
         Raises:
             ValueError: data that do not fit the model.
         """
-        for key, value in self.told().items():
-            trained = model.hparams.get(key)
+        if other:
+            self.adopt(model)
+            if self.undivided():
+                self._splits, split = {"test": self.everything(model)}, "test"
+        self.compare(model, other)
+        return self.split(split)
+
+    def adopt(self, model: Any) -> None:
+        """Take from the model what training measured; called before these data are read."""
+        self.taken = {key: model.hparams[key] for key in self.measured}
+
+    def compare(self, model: Any, other: bool) -> None:
+        """Check that these data are what the model can be scored on; see `scored`.
+
+        Raises:
+            ValueError: they are not.
+        """
+        for key, source in self.tells.items():
+            if other and key in self.measured:
+                continue
+            value, trained = getattr(self, source), model.hparams.get(key)
             if value != trained:
                 raise ValueError(
                     f"{key} of {self.root} is {_short(value)}, but the model was trained with {_short(trained)}"
                 )
-        return self.split(split)
+
+    def undivided(self) -> bool:
+        """Whether these data come without parts of their own, so that a test of another model scores all of them."""
+        return False
+
+    def everything(self, model: Any) -> Dataset:
+        """Every item of undivided data, as `model` is tested on them.
+
+        Raises:
+            ValueError: items that do not fit the model.
+        """
+        raise NotImplementedError
 
     def seed_order(self, seed: int) -> None:
         """Draw the order of the training items from `seed` from now on; the split stays as it is."""

@@ -150,6 +150,7 @@ class AudioData(TaskData):
         }  # fmt: skip
         self._classes: list[str] = []
         self._front_end: dict[str, Any] | None = None
+        self._recordings: list[Recording] = []
 
     @property
     def classes(self) -> list[str]:
@@ -179,16 +180,33 @@ class AudioData(TaskData):
 
     def parts(self) -> dict[str, Dataset]:
         """List and split the recordings."""
-        recordings = find_recordings(self.root, self.layout, self.sample_rate)
-        self._classes = classes_of(recordings, self.tagged)
-        groups = self._grouped(recordings)
+        groups = self._grouped(self.recordings())
+        return {name: self._part(group, name == "train") for name, group in groups.items()}
+
+    def adopt(self, model: Any) -> None:
+        """Take mean and deviation of the spectrograms from the model; who is tested on is for the training data."""
+        super().adopt(model)
+        self._front_end = {**model.hparams["front_end"], **self.spectrogram}
+        self.test_speaker = None
+
+    def undivided(self) -> bool:
+        """Unless folders or a list say which recording is of which part."""
+        return not any(recording.split for recording in self.recordings())
+
+    def everything(self, model: Any) -> Dataset:
+        """All recordings."""
+        return self._part(self.recordings(), anywhere=False)
+
+    def recordings(self) -> list[Recording]:
+        """All recordings, listed once."""
+        if not self._recordings:
+            self._recordings = find_recordings(self.root, self.layout, self.sample_rate)
+            self._classes = classes_of(self._recordings, self.tagged)
+        return self._recordings
+
+    def _part(self, group: Sequence[Recording], anywhere: bool) -> Recordings:
         samples = round(self.seconds * self.sample_rate)
-        return {
-            name: Recordings(
-                group, [self.target(r) for r in group], self.sample_rate, samples, self.keep, name == "train"
-            )
-            for name, group in groups.items()
-        }
+        return Recordings(group, [self.target(r) for r in group], self.sample_rate, samples, self.keep, anywhere)
 
     def target(self, recording: Recording) -> Any:
         """The class number of a recording."""

@@ -133,6 +133,18 @@ class DetectionData(TaskData):
             for name in _SPLITS
         }
 
+    def undivided(self) -> bool:
+        """Whether one file annotates all images."""
+        return self.root != "digits" and "" in annotation_files(Path(self.root).expanduser())
+
+    def everything(self, model: Any) -> Dataset:
+        """Every image."""
+        file, images = annotation_files(Path(self.root).expanduser())[""]
+        found, self._classes = read_coco(
+            file, images, model.hparams["class_names"], self.on_bad_box == "drop", self.masks
+        )
+        return Objects(found, self.masks, False, 0.0)
+
     def _folder(self, root: Path) -> dict[str, list[Annotated]]:
         places, drop = annotation_files(root), self.on_bad_box == "drop"
         first = next(iter(places.values()))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,29 +24,50 @@ def test_main(argv: Sequence[str]) -> int:
     _common(parser)
     parser.add_argument(
         "--data",
-        help="data as in fit (for images also a folder of class folders, of which every image is scored); default: "
-        "those it was trained on",
+        help="other data, as in fit, scaled as the training data were; of a table, class folders or graphs without "
+        "parts of their own, all is scored; default: the data it was trained on",
     )
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="part to score (default: test)")
-    parser.add_argument("--out", type=Path, help="folder of test.json and pictures; default: that of the checkpoint")
+    parser.add_argument("--split", choices=("test", "val"), help="part to score (default: test)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of test.json and pictures, called test-DATA-SPLIT for other data or splits; default: that of the "
+        "checkpoint",
+    )
     args = parser.parse_args(argv)
     model = load_task(args.checkpoint)
-    settings = dict(read_checkpoint(args.checkpoint).get("datamodule_hyper_parameters", {}))
+    checkpoint = read_checkpoint(args.checkpoint)
+    settings = dict(checkpoint.get("datamodule_hyper_parameters", {}))
     if not settings and not args.data:
         raise ValueError(f"{args.checkpoint} does not say what it was trained on; give --data")
+    other = args.data is not None and not _same(args.data, settings.get("root"))
     kind = find_task(task_of(type(model)) or "").data_class
     # Runs of earlier versions stored arguments that only a parent of their class takes.
-    data = kind(**kind.own_settings(settings | ({"root": args.data} if args.data else {})))
-    items = data.scored(model, args.split, other=args.data is not None)
+    data = kind(**kind.own_settings(settings | ({"root": args.data} if other else {})))
+    if args.split and other and data.undivided():
+        raise ValueError(
+            f"--split {args.split} has no effect: {args.data} comes without parts, and all of it is scored; leave "
+            "--split out"
+        )
+    items = data.scored(model, args.split or "test", other)
     with quiet():
         loader = data.loader(items, args.batch_size, args.num_workers)
         scores = quiet_trainer(args.device).test(model, loader, verbose=False)[0]
     count = data.count(items)
     metrics = {key.partition("/")[2]: value for key, value in scores.items()} | {model.unit: count}
+    split = "all" if other and data.undivided() else data.scored_part(args.split or "test")
+    source = {"data": data.root, "split": split, "checkpoint": str(args.checkpoint)}
     out = args.out or _run_folder(args.checkpoint)
-    write_atomically(out / "test.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-    files = ["test.json", *model.write_test_artifacts(out)]
-    table = Table(title=f"{model.name}: {count:,} {model.unit}", show_header=False, title_justify="left")
+    name = "test"
+    if other or args.split == "val":
+        name = f"test-{re.sub(r'[^A-Za-z0-9_.-]+', '_', Path(data.root).name)}-{split}"
+    write_atomically(out / f"{name}.json", lambda f: f.write(json.dumps(metrics | source, indent=1).encode()))
+    pictures = out if name == "test" else out / name
+    pictures.mkdir(exist_ok=True)
+    within = "" if name == "test" else f"{name}/"
+    files = [f"{name}.json", *(within + file for file in model.write_test_artifacts(pictures))]
+    title = f"{model.name}: {count:,} {model.unit} of {data.root} ({split})"
+    table = Table(title=title, show_header=False, title_justify="left")
     named = [key for key in model.metric_names if key in metrics]
     for key in (*named, *(key for key in metrics if key not in named and key != model.unit)):
         table.add_row(model.metric_names.get(key, key), f"{metrics[key]:.4f}")
@@ -79,6 +102,12 @@ def predict_main(argv: Sequence[str]) -> int:
         done = model.predict_files(args)
     Console().print(done, soft_wrap=True, highlight=False)
     return 0
+
+
+def _same(root: str, trained: Any) -> bool:
+    """Whether two names of data mean the same, files by whatever path."""
+    paths = [Path(name).expanduser() for name in (root, str(trained))]
+    return root == trained or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 
 def _run_folder(checkpoint: Path) -> Path:

@@ -224,9 +224,17 @@ class GraphData(GraphSource):
             )
         return int(self.labels.max()) + 1
 
+    def undivided(self) -> bool:
+        """Unless `graphs.csv` or the data set says which graph is of which part."""
+        return not all(data.get("split_name") for data in self.graphs)
+
+    def everything(self, model: Any) -> Dataset:
+        """All graphs."""
+        return Items([self._plain(data) for data, _ in zip(self.graphs, self.labels, strict=True)])
+
     def parts(self) -> dict[str, Dataset]:
         """Graphs of each split."""
-        names = [data.get("split_name") for data in self.graphs]
+        names = [data.get("split_name") for data, _ in zip(self.graphs, self.labels, strict=True)]
         if all(names) and self.folds is None:
             where = {part: np.flatnonzero(np.array(names) == part) for part in ("train", "val", "test")}
             if empty := [part for part, found in where.items() if not len(found)]:
@@ -307,6 +315,7 @@ class TargetData(GraphData):
     """Graphs with one or more numbers each; see `GraphData` for the arguments."""
 
     tells: ClassVar[Mapping[str, str]] = {**GraphSource.tells, "center": "center", "scale": "scale"}
+    measured: ClassVar[tuple[str, ...]] = ("center", "scale")
 
     def __init__(
         self,
@@ -328,11 +337,7 @@ class TargetData(GraphData):
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Targets of all graphs, `(graphs, targets)`, floating."""
-        return self.targets.astype(np.float32)
-
-    def parts(self) -> dict[str, Dataset]:
-        """Graphs of each split.
+        """Targets of all graphs, `(graphs, targets)`, floating.
 
         Raises:
             ValueError: targets that are unknown.
@@ -342,7 +347,7 @@ class TargetData(GraphData):
                 f"{lost} graphs of {self.root} have targets that are unknown, of which numbers cannot be learnt; leave "
                 "these graphs out, or train labels of 0 and 1 with --task graph-tagging"
             )
-        return super().parts()
+        return self.targets.astype(np.float32)
 
     @property
     def center(self) -> list[float]:

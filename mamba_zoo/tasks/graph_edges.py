@@ -96,6 +96,10 @@ class EdgeData(NodeData):
             start += size
         return found
 
+    def undivided(self) -> bool:
+        """Some edges must be hidden, to be asked for."""
+        return False
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """The graph with its pairs, which differ from step to step."""
         return batch[0].to(device), batch[1].to(device)

@@ -143,6 +143,22 @@ class NodeData(GraphSource):
             for part, nodes in where.items()
         }
 
+    def undivided(self) -> bool:
+        """Unless the source says which node or graph is of which part."""
+        if self.several:
+            return not all(data.get("split_name") for data in self.graphs)
+        return not any(key in self.graph for key in ("split_of_node", "train_mask", "val_mask", "test_mask"))
+
+    def everything(self, model: Any) -> Dataset:
+        """All nodes."""
+        self.node_labels(self.graphs)
+        if not self.several:
+            return Items([(self.prepared_graph(self.row_normalize), torch.arange(self.graph.num_nodes))])
+        plain = [GraphData._plain(data) for data in self.graphs]
+        for data in plain:
+            data.x = normalized(data.x) if self.row_normalize else data.x
+        return Items(plain)
+
     def describe(self, unit: str) -> list[tuple[str, str]]:
         """Rows for the summary of a run."""
         if self.several:

@@ -35,6 +35,7 @@ class NodeTargetData(NodeData):
     tells: ClassVar[Mapping[str, str]] = {
         **GraphSource.tells, "row_normalize": "row_normalize", "center": "center", "scale": "scale",
     }  # fmt: skip
+    measured: ClassVar[tuple[str, ...]] = ("center", "scale")
 
     def __init__(
         self,
@@ -146,6 +147,10 @@ class EdgeTargetData(NodeTargetData):
     def train_targets(self) -> Tensor:
         """Numbers of the training edges, `(edges, 1)`."""
         return self.split("train")[0][1].view(-1, 1).float()
+
+    def undivided(self) -> bool:
+        """The parts of the edges are drawn."""
+        return False
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """The graph with the edges of one split."""

@@ -153,17 +153,27 @@ class ImageData(TaskData):
         return rows
 
     def scored(self, model: Any, split: Split, other: bool) -> Dataset:
-        """The part to score, prepared as the checkpoint says; of other class folders without splits, every image."""
-        if other and Path(self.root).is_dir() and not split_folders(Path(self.root)):
-            paths, targets, _ = read_classes(Path(self.root), model.class_names)
-            return prepared(model, paths, targets)
+        """The part to score, prepared as the checkpoint says."""
+        part: Any = super().scored(model, split, other)
+        return prepared(model, part.items, part.targets)
+
+    def undivided(self) -> bool:
+        """Whether the root holds class folders."""
+        root = Path(self.root).expanduser()
+        return root.is_dir() and not split_folders(root)
+
+    def everything(self, model: Any) -> Dataset:
+        """Every image."""
+        paths, targets, self._classes = read_classes(Path(self.root).expanduser(), model.class_names)
+        return prepared(model, paths, targets)
+
+    def compare(self, model: Any, other: bool) -> None:
+        """Classes must be the same; the rest is prepared as the model needs it."""
         if self.classes != model.class_names:
             raise ValueError(
                 f"the classes of {self.root} ({', '.join(self.classes[:5])} ...) are not those of the checkpoint "
                 f"({', '.join(model.class_names[:5])} ...)"
             )
-        part = self.split(split)
-        return prepared(model, part.items, part.targets)
 
     def _digits(self) -> dict[str, tuple[Sequence[Any], Sequence[int]]]:
         from sklearn.datasets import load_digits

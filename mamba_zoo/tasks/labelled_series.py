@@ -99,6 +99,7 @@ class LabelledSeries(TaskData):
         "deviation": "deviation",
         "scale": "how_scaled",
     }
+    measured: ClassVar[tuple[str, ...]] = ("seq_len", "mean", "deviation")
     collate: ClassVar[Callable[[list[Any]], Any] | None] = staticmethod(as_is)
 
     def __init__(
@@ -125,6 +126,7 @@ class LabelledSeries(TaskData):
         self.changes = {"noise": noise, "scaling": scaling, "crop": crop}
         self._classes: list[str] = []
         self._told: dict[str, Any] = {}
+        self._any_length = False
 
     @property
     def classes(self) -> list[str]:
@@ -179,6 +181,15 @@ class LabelledSeries(TaskData):
             "mean": np.nanmean(steps, 0).tolist(),
             "deviation": deviation_of(steps).tolist(),
         }
+        longest = self._told["seq_len"]
+        self._told |= self.taken
+        if longest > self._told["seq_len"]:
+            if not self._any_length:
+                raise ValueError(
+                    f"{self.root} has a series of {longest} steps, but the model was trained on {self._told['seq_len']}"
+                    " and reads no more"
+                )
+            self._told["seq_len"] = longest
         whole, lengths = self._padded(train)
         targets = torch.tensor([self._classes.index(label) for label in train.labels])
         kept, apart = split_classes(targets, self.val_fraction, self.split_seed)
@@ -188,6 +199,11 @@ class LabelledSeries(TaskData):
             "val": PaddedSeries(whole[apart], lengths[apart], targets[apart]),
             "test": PaddedSeries(*held),
         }
+
+    def adopt(self, model: Any) -> None:
+        """Take scales and length from the model; some read series of any length."""
+        super().adopt(model)
+        self._any_length = bool(getattr(model.net, "takes_lengths", False))
 
     def _padded(self, part: Labelled) -> tuple[Tensor, Tensor]:
         told = self._told

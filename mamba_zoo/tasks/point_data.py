@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ._bundled_clouds import SOLIDS, digit_clouds, solid_clouds
-from ._data import Split, TaskData
+from ._data import TaskData
 from .image_files import split_folders, stratified_split
 from .point_files import Cloud, class_folders, estimate_normals, read_cloud, resample, to_unit_sphere, voxel_downsample
 
@@ -130,13 +130,16 @@ class PointData(TaskData):
             found["train"] = _subset(found["train"], np.tile(np.arange(len(found["train"])), self.repeats))
         return dict(found)
 
-    def scored(self, model: Any, split: Split, other: bool) -> Dataset:
-        """The part to score; of other class folders without splits, every cloud."""
-        root = Path(self.root)
-        if other and root.is_dir() and not split_folders(root):
-            self._classes = list(model.class_names)
-            return self._read(*class_folders(root, model.class_names)[:2])
-        return super().scored(model, split, other)
+    def undivided(self) -> bool:
+        """Whether the root holds class folders."""
+        root = Path(self.root).expanduser()
+        return root.is_dir() and not split_folders(root)
+
+    def everything(self, model: Any) -> Dataset:
+        """Every cloud."""
+        self._part_names = list(model.hparams.get("part_names") or [])
+        paths, targets, self._classes = class_folders(Path(self.root).expanduser(), getattr(model, "class_names", None))
+        return self._read(paths, targets)
 
     def _bundled(self) -> dict[str, Clouds]:
         part = None

@@ -177,6 +177,17 @@ class SegmentationData(TaskData):
         train = Regions(items["train"], read, self.size, self.scales, self.hflip)
         return {"train": train, **{name: Regions(items[name], read, self.size) for name in ("val", "test")}}
 
+    def undivided(self) -> bool:
+        """Whether the images of a folder lie in no folders of parts."""
+        root = Path(self.root).expanduser()
+        return root.is_dir() and not (root / "images" / "train").is_dir()
+
+    def everything(self, model: Any) -> Dataset:
+        """Every image."""
+        root = Path(self.root).expanduser()
+        self._classes = read_names(root)
+        return Regions(paired(root / "images", root / "masks"), _Reader(len(self._classes)), self.size)
+
     def _folder(self, root: Path) -> dict[str, list[Pair]]:
         if not (root / "images" / "train").is_dir():
             pairs = paired(root / "images", root / "masks")

@@ -99,6 +99,7 @@ class SeriesData(TaskData):
         "correlation": "correlation",
         "marks": "gives_marks",
     }
+    measured: ClassVar[tuple[str, ...]] = ("mean", "deviation", "season", "correlation")
     collate: ClassVar[Callable[[list[Any]], Any] | None] = staticmethod(as_is)
 
     def __init__(
@@ -133,8 +134,8 @@ class SeriesData(TaskData):
     @property
     def table(self) -> Table:
         """What was read, unscaled."""
-        self.setup()
-        assert self._table is not None
+        if self._table is None:
+            self._table = self.load()
         return self._table
 
     @property
@@ -177,7 +178,7 @@ class SeriesData(TaskData):
 
     def parts(self) -> dict[str, Dataset]:
         """Read the table, scale it, and cut its windows."""
-        self._table = table = self.load()
+        table = self.table
         rows = split_rows(len(table.values), self.how, Path(self.root).name)
         least = self.seq_len + self.pred_len
         if rows[0] < least or min(rows[1:]) < max(self.pred_len, 1) or (not self.pred_len and min(rows) < self.seq_len):
@@ -195,16 +196,42 @@ class SeriesData(TaskData):
                 f"{self.root} has no value in column {table.names[unknown[0]]!r} in its {rows[0]:,} training rows; "
                 "leave it out with data.columns"
             )
-        mean, deviation = np.nanmean(train, 0), deviation_of(train)
-        target = torch.from_numpy(((values - mean) / deviation).astype(np.float32))
-        marks = torch.from_numpy(mark_rows(table.dates, len(values)) if self.use_marks else np.zeros((len(values), 0)))
-        self._scaled = {"mean": mean, "deviation": deviation, "target": target, "rows": rows}
+        self._scale(values, np.nanmean(train, 0), deviation_of(train))
+        self._scaled["rows"] = rows
         bounds = np.cumsum([0, *rows])
-        given = (fill_forward(target), target, marks.float())
         return {
-            name: Windows(*given, self.starts(name, int(bounds[i]), int(bounds[i + 1])), self.seq_len, self.pred_len)
+            name: self.windows(self.starts(name, int(bounds[i]), int(bounds[i + 1])))
             for i, name in enumerate(("train", "val", "test"))
         }
+
+    def adopt(self, model: Any) -> None:
+        """Take scales from the model, which is given no time that it was not trained with."""
+        super().adopt(model)
+        self.use_marks = self.use_marks and bool(model.hparams["marks"])
+
+    def undivided(self) -> bool:
+        """Tables have no parts of their own."""
+        return True
+
+    def everything(self, model: Any) -> Dataset:
+        """Windows over all rows, scaled as the model's training rows were."""
+        self.compare(model, other=True)
+        values, least = self.check(self.table), self.seq_len + self.pred_len
+        if len(values) < least:
+            raise ValueError(f"{self.root} has {len(values)} rows, too few for a window of {least} steps")
+        self._scale(values, np.array(self.taken["mean"]), np.array(self.taken["deviation"]))
+        return self.windows(self.starts("test", self.seq_len if self.pred_len else 0, len(values)))
+
+    def windows(self, starts: Tensor) -> Dataset:
+        """The windows of the scaled table that start at these rows."""
+        target = self._scaled["target"]
+        return Windows(fill_forward(target), target, self._scaled["marks"], starts, self.seq_len, self.pred_len)
+
+    def _scale(self, values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> None:
+        target = torch.from_numpy(((values - mean) / deviation).astype(np.float32))
+        times = mark_rows(self.table.dates if self.use_marks else None, len(values))
+        marks = torch.from_numpy(times).float()
+        self._scaled = {"mean": mean, "deviation": deviation, "target": target, "marks": marks}
 
     def check(self, table: Table) -> np.ndarray:
         """Values of the table; raises ValueError if some are missing and must not be."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .series_data import SeriesData, Windows
+from .series_data import SeriesData
 from .series_files import Table, find_table
 
 _LABEL_NAMES = ("label", "labels", "anomaly", "is_anomaly")
@@ -35,6 +35,7 @@ class WindowData(SeriesData):
     tells: ClassVar[Mapping[str, str]] = {
         key: source for key, source in SeriesData.tells.items() if key not in ("pred_len", "season")
     }
+    measured: ClassVar[tuple[str, ...]] = ("mean", "deviation", "correlation")
 
     def __init__(
         self,
@@ -109,13 +110,11 @@ class WatchedData(WindowData):
         """First rows of the windows of a part, whose rows are from `low` to `high`."""
         return super().starts(name, low, high) if name == "train" else low + overlapping(high - low, self.seq_len)
 
-    def parts(self) -> dict[str, Dataset]:
+    def windows(self, starts: Tensor) -> Dataset:
         """Windows with their labels, NaN where there are none."""
-        parts: dict[str, Any] = super().parts()
         rows = len(self._scaled["target"])
         labels = np.full(rows, np.nan) if self.labels is None else self.labels
-        column = torch.from_numpy(labels.astype(np.float32))
-        return {name: _Labelled(windows, column) for name, windows in parts.items()}
+        return _Labelled(super().windows(starts), torch.from_numpy(labels.astype(np.float32)))
 
 
 def without_labels(table: Table, label_column: str | None) -> tuple[Table, np.ndarray | None]:
@@ -136,7 +135,7 @@ def without_labels(table: Table, label_column: str | None) -> tuple[Table, np.nd
 class _Labelled(Dataset):
     """Windows, and the label of each of their steps."""
 
-    def __init__(self, windows: Windows, labels: Tensor):
+    def __init__(self, windows: Any, labels: Tensor):
         self.windows, self.labels = windows, labels.unfold(0, windows.seq_len, 1)
 
     def __len__(self) -> int:

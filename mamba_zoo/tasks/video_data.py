@@ -157,6 +157,16 @@ class VideoData(TaskData):
         train = Clips(*parts["train"], **both, train=True, crop_scale=self.crop_scale, hflip=self.hflip)
         return {"train": train, **{s: Clips(*parts[s], **both) for s in ("val", "test")}}
 
+    def undivided(self) -> bool:
+        """Whether the root holds class folders."""
+        root = Path(self.root).expanduser()
+        return root.is_dir() and not split_folders(root)
+
+    def everything(self, model: Any) -> Dataset:
+        """Every clip."""
+        clips, targets, self._classes = read_clip_classes(Path(self.root).expanduser(), model.class_names)
+        return Clips(clips, targets, self.num_frames, self.preprocess)
+
     def _folder(self, root: Path) -> dict[str, tuple[list[Path], list[int]]]:
         if not root.is_dir():
             raise FileNotFoundError(

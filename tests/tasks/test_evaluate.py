@@ -1,0 +1,165 @@
+"""`mamba-zoo test`: which items are scored, by whose scales, and where the scores are kept."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mamba_zoo.__main__ import main
+from mamba_zoo.tasks import ImageData, train_once
+from mamba_zoo.tasks.graph_data import TargetData
+from mamba_zoo.tasks.labelled_series import LabelledSeries
+from mamba_zoo.tasks.registry import load_task
+from mamba_zoo.tasks.series_data import SeriesData
+from mamba_zoo.tasks.series_windows import WatchedData
+
+CPU: dict[str, Any] = {"accelerator": "cpu"}
+MINI = {"dim": 8, "depth": 1}
+
+
+def scores_of(run: Path, *flags: str) -> dict[str, Any]:
+    """The scores that `mamba-zoo test` keeps."""
+    before = {path: path.stat().st_mtime_ns for path in run.glob("test*.json")}
+    assert main(["test", "--checkpoint", str(run), "--device", "cpu", *flags]) == 0
+    written = [path for path in run.glob("test*.json") if path.stat().st_mtime_ns != before.get(path)]
+    assert len(written) == 1
+    return {**json.loads(written[0].read_text()), "file": written[0].name}
+
+
+def write_waves(path: Path, rows: int = 300, spikes: tuple[int, ...] = (), gain: float = 1.0) -> Path:
+    """Two noisy waves, the second far from zero; if there are spikes, a column says so."""
+    t, draw = np.arange(rows), np.random.default_rng(0)
+    values = np.stack([np.sin(t / 4), 50 + 9 * np.cos(t / 4)], axis=1) + 0.05 * draw.standard_normal((rows, 2))
+    values[list(spikes)] += 40
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["a", "b", *(["label"] if spikes else [])])
+        writer.writerows(
+            [*(gain * row).tolist(), *([int(i in spikes)] if spikes else [])] for i, row in enumerate(values)
+        )
+    return path
+
+
+def write_pictures(folder: Path, count: int = 12, first: int = 0) -> Path:
+    """Grey pictures of two classes."""
+    for label, level in (("dark", 40), ("light", 200)):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for i in range(first, first + count):
+            pixels = np.full((16, 16, 3), level, np.uint8) + np.uint8(i)
+            Image.fromarray(pixels).save(folder / label / f"{i:03}.png")
+    return folder
+
+
+def train_pictures(root: Path, run: Path) -> Path:
+    data = ImageData(str(root), image_size=16, batch_size=8)
+    train_once("test_vit", data, run, max_epochs=1, trainer=CPU)
+    return run
+
+
+def test_an_anomaly_detector_is_scored_on_a_table_with_labels(tmp_path):
+    data = WatchedData(str(write_waves(tmp_path / "normal.csv")), seq_len=24)
+    train_once(
+        "series_mamba", data, tmp_path / "run", max_epochs=2, model={"net": MINI, "lr": 0.01}, trainer=CPU,
+        task="anomaly",
+    )  # fmt: skip
+    labelled = write_waves(tmp_path / "labelled.csv", 150, (40, 90))
+    found = scores_of(tmp_path / "run", "--data", str(labelled))
+    assert found["auroc"] > 0.95
+    assert found["windows"] == 12  # of 24 rows, half a window apart, over all 150
+    with (tmp_path / "run" / "test-labelled.csv-all" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["label"]) for row in rows] == [int(i in (40, 90)) for i in range(150)]
+
+
+def test_other_tables_are_scaled_as_the_training_rows(tmp_path, capsys):
+    data = SeriesData(str(write_waves(tmp_path / "waves.csv")), 24, 6)
+    run, other = tmp_path / "run", write_waves(tmp_path / "doubled.csv", 100, gain=2.0)
+    train_once("s_mamba", data, run, max_epochs=1, model={"net": MINI}, trainer=CPU)
+    named = SeriesData(str(other), 24, 6)
+    items: Any = named.scored(load_task(run), "test", other=True)
+    assert len(items) == 100 - 30 + 1
+    x = items[3][0].numpy()
+    with other.open() as file:
+        values = np.array([[float(v) for v in row.values()] for row in csv.DictReader(file)])
+    np.testing.assert_allclose(x, (values[3:27] - data.mean) / data.deviation, rtol=1e-4, atol=1e-4)
+    assert scores_of(run, "--data", str(other))["windows"] == 71
+    own = scores_of(run, "--data", str(tmp_path / "waves.csv"))
+    assert (own["file"], own["windows"]) == ("test.json", len(data.split("test")))  # the rows it was not trained on
+    lines = other.read_text().splitlines()
+    other.write_text("\n".join(["a,c", *lines[1:]]))
+    assert main(["test", "--checkpoint", str(run), "--data", str(other)]) == 2
+    assert "columns of" in capsys.readouterr().err
+    other.write_text("\n".join(lines[:20]))
+    assert main(["test", "--checkpoint", str(run), "--data", str(other)]) == 2
+    assert "has 19 rows, too few for a window of 30 steps" in capsys.readouterr().err
+
+
+def write_slopes(folder: Path, gain: float, steps: int) -> Path:
+    folder.mkdir()
+    for part, count in (("TRAIN", 20), ("TEST", 10)):
+        lines = ["@problemName Slopes", "@classLabel true down up", "@data"]
+        for i in range(count):
+            values = (1 if i % 2 else -1) * gain * np.arange(steps) + i % 3
+            lines.append(",".join(f"{v:.4f}" for v in values) + f":{'up' if i % 2 else 'down'}")
+        (folder / f"Slopes_{part}.ts").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "longer"), [("series_mamba", True), ("series_linear", False)])
+def test_other_labelled_series_are_scaled_as_the_training_series(tmp_path, name, longer, capsys):
+    run, data = tmp_path / "run", LabelledSeries(str(write_slopes(tmp_path / "slopes", 0.1, 12)), batch_size=8)
+    net = MINI if name == "series_mamba" else {}
+    train_once(name, data, run, max_epochs=1, model={"net": net}, trainer=CPU)
+    other = write_slopes(tmp_path / "steeper", 0.3, 9)
+    x = LabelledSeries(str(other)).scored(load_task(run), "test", other=True)[1][0].numpy()
+    assert x.shape == (12, 1)
+    np.testing.assert_allclose(x[:9, 0], (0.3 * np.arange(9) + 1 - data.mean[0]) / data.deviation[0], atol=1e-3)
+    assert scores_of(run, "--data", str(other))["series"] == 10
+    flags = ["--checkpoint", str(run), "--device", "cpu", "--data", str(write_slopes(tmp_path / "long", 0.1, 15))]
+    assert main(["test", *flags]) == (0 if longer else 2)
+    assert longer or "has a series of 15 steps, but the model was trained on 12" in capsys.readouterr().err
+
+
+def write_paths(folder: Path, graphs: int, split: bool = False) -> Path:
+    """Paths of three to six nodes, whose target is their length."""
+    folder.mkdir()
+    nodes, edges, targets = ["graph,one"], ["graph,source,target"], ["label,split" if split else "label"]
+    for g in range(graphs):
+        n = 3 + g % 4
+        nodes += [f"{g},1"] * n
+        edges += [f"{g},{a},{b}" for v in range(n - 1) for a, b in ((v, v + 1), (v + 1, v))]
+        targets.append(f"{n + 0.5 * graphs}" + (f",{('train', 'val', 'test')[g % 3]}" if split else ""))
+    for name, lines in (("nodes", nodes), ("edges", edges), ("graphs", targets)):
+        (folder / f"{name}.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_other_graphs_have_targets_of_other_means(tmp_path):
+    data, run = TargetData(str(write_paths(tmp_path / "many", 24)), batch_size=8), tmp_path / "run"
+    train_once("gin", data, run, max_epochs=1, model={"options": {"dim": 8}}, trainer=CPU, task="graph-regression")
+    found = scores_of(run, "--data", str(write_paths(tmp_path / "few", 2)))
+    assert (found["graphs"], found["split"]) == (2, "all")
+    parts = str(write_paths(tmp_path / "parts", 9, split=True))
+    found = scores_of(run, "--data", parts)
+    assert (found["graphs"], found["split"], found["file"]) == (3, "test", "test-parts-test.json")
+
+
+def test_scores_say_what_was_scored_and_are_not_overwritten(tmp_path, capsys):
+    root, run = write_pictures(tmp_path / "photos"), tmp_path / "run"
+    train_pictures(root, run)
+    own = scores_of(run)
+    assert (own["data"], own["split"], own["checkpoint"]) == (str(root), "test", str(run))
+    pictures = (run / "confusion.png").read_bytes()
+    other = scores_of(run, "--data", str(write_pictures(tmp_path / "new photos", 3)))
+    assert (other["images"], other["split"], other["file"]) == (6, "all", "test-new_photos-all.json")
+    assert (run / "test-new_photos-all" / "confusion.png").stat().st_size > 100
+    assert scores_of(run, "--split", "val")["file"] == "test-photos-val.json"
+    assert json.loads((run / "test.json").read_text())["images"] == own["images"]
+    assert (run / "confusion.png").read_bytes() == pictures
+    flags = ["--checkpoint", str(run), "--data", str(tmp_path / "new photos"), "--split", "val"]
+    assert main(["test", *flags]) == 2
+    assert "--split val has no effect" in capsys.readouterr().err
