@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +20,20 @@ from torch.utils.data import DataLoader, Dataset
 from .epochs import EpochLoader, EpochShuffle
 
 Split = Literal["train", "val", "test"]
+_MOST_NAMES = 100_000  # files whose names a checkpoint holds
+
+
+_CHECKPOINT: ContextVar[Mapping[str, Any]] = ContextVar("_CHECKPOINT")
+
+
+@contextlib.contextmanager
+def restoring(checkpoint: Mapping[str, Any]) -> Iterator[None]:
+    """Data that are made meanwhile have the parts of the run of a checkpoint; see `TaskData.restore`."""
+    token = _CHECKPOINT.set(checkpoint)
+    try:
+        yield
+    finally:
+        _CHECKPOINT.reset(token)
 
 
 class TaskData(LightningDataModule):
@@ -49,7 +69,10 @@ class TaskData(LightningDataModule):
         self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
         self.order_seed = 0
         self.taken: dict[str, Any] = {}
+        self.new_files: list[str] = []
+        self._kept: dict[str, Any] = {}
         self._splits: dict[str, Dataset] | None = None
+        self.restore(_CHECKPOINT.get({}))
 
     @classmethod
     def own_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +107,62 @@ class TaskData(LightningDataModule):
         """The data sets "train", "val" and "test", listed and split; called once, on first use."""
         raise NotImplementedError
 
+    def divided(
+        self, files: Sequence[Any], draw: Callable[[], Mapping[str, Sequence[int] | np.ndarray]]
+    ) -> dict[str, list[int]]:
+        """Numbers of the items of each part, for `parts` where they are drawn.
+
+        Checkpoints keep the names of the files of each part. A run that is tested or resumed has the same parts though
+        files were added since, which are left out; of more than 100,000 files it keeps a digest, and they must be the
+        same.
+
+        Args:
+            files: Path of each item; items that are no files are drawn and not kept.
+            draw: Draws the parts.
+
+        Raises:
+            FileNotFoundError: files of the run are gone.
+            ValueError: files were added, of which only a digest is kept.
+        """
+        if not files or not all(isinstance(file, Path) for file in files):
+            return {part: [int(i) for i in index] for part, index in draw().items()}
+        base = Path(self.root).expanduser()
+        base = base.parent if base.is_file() else base
+        names = [Path(os.path.relpath(file, base)).as_posix() for file in files]
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest() if len(names) > _MOST_NAMES else None
+        if self._kept.get("digest") != digest and "digest" in self._kept:
+            raise ValueError(
+                f"the files of {self.root} are not those that this run was split from; put them back as they were, or "
+                "train anew with folders train, val and test"
+            )
+        if "parts" not in self._kept:
+            found = {part: [int(i) for i in index] for part, index in draw().items()}
+            listed = {part: [names[i] for i in index] for part, index in found.items()}
+            self._kept = {"parts": listed} if digest is None else {"digest": digest}
+            return found
+        numbers = {name: i for i, name in enumerate(names)}
+        kept = {name for part in self._kept["parts"].values() for name in part}
+        if gone := sorted(kept - set(numbers)):
+            raise FileNotFoundError(
+                f"{len(gone)} of the {len(kept)} files that this run was split from are not in {self.root}, the first "
+                f"is {gone[0]}; put them back, or train anew"
+            )
+        self.new_files = sorted(set(numbers) - kept)
+        return {part: [numbers[name] for name in part_names] for part, part_names in self._kept["parts"].items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The files of each part, if they were drawn."""
+        return dict(self._kept)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the parts of a run."""
+        if state_dict != self._kept:
+            self._kept, self._splits = dict(state_dict), None
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the parts of the run of a checkpoint, if it says them; before these data are read."""
+        self.load_state_dict(checkpoint.get(type(self).__qualname__, self._kept))
+
     def told(self) -> dict[str, Any]:
         """Arguments of the model that follow from the data."""
         return {argument: getattr(self, source) for argument, source in self.tells.items()}
@@ -102,7 +181,16 @@ class TaskData(LightningDataModule):
 
     def describe(self, unit: str) -> list[tuple[str, str]]:
         """Rows for the summary of a run; `unit` is the plural of one item, such as "images"."""
-        return [(unit, ", ".join(f"{len(self.split(name)):,} {name}" for name in ("train", "val", "test")))]
+        counts = {name: len(self.split(name)) for name in ("train", "val", "test") if self.scored_part(name) == name}
+        shown = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        return [(unit, shown if "test" in counts else f"{shown}, no test: test scores are those of val"), *self.notes()]
+
+    def notes(self) -> list[tuple[str, str]]:
+        """Rows on what was left out, for the summaries of runs and tests."""
+        if not self.new_files:
+            return []
+        count = f"{len(self.new_files):,} file{'s' * (len(self.new_files) > 1)}"
+        return [("new files", f"{count} added since the run was split, the first is {self.new_files[0]}: left out")]
 
     def count(self, data: Dataset) -> int:
         """Items of a part, in the unit that `mamba-zoo test` tells."""

@@ -243,9 +243,17 @@ class AudioData(TaskData):
                     f"and {' and '.join(missing)}; add some, or give folders train, val and test or a CSV file with a "
                     "column split"
                 )
-            indices = stratified_split(strata, list(missing.values()), self.split_seed)
-            for name, index in zip(("train", *missing), indices, strict=True):
-                groups[name] = [train[i] for i in index]
+            found = self.divided(
+                [recording.source for recording in train],
+                lambda: dict(
+                    zip(
+                        ("train", *missing),
+                        stratified_split(strata, list(missing.values()), self.split_seed),
+                        strict=True,
+                    )
+                ),
+            )
+            groups |= {name: [train[i] for i in index] for name, index in found.items()}
         return groups
 
 

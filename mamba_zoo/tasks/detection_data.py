@@ -130,7 +130,7 @@ class DetectionData(TaskData):
             items = self._folder(Path(self.root).expanduser())
         return {
             name: Objects(items[name], self.masks, name == "train", self.hflip if name == "train" else 0.0)
-            for name in _SPLITS
+            for name in items
         }
 
     def undivided(self) -> bool:
@@ -163,19 +163,25 @@ class DetectionData(TaskData):
                     self._left_out += sum(item.left_out for item in parts[name])
             if "val" not in parts:
                 raise FileNotFoundError(f"{root} has annotations for train but none for val")
-            return {"test": parts["val"], **parts}
+            return parts
         count = max(1, round(self.val_fraction * len(found)))
         if len(found) < 2 * count + 1:
             raise AnnotationError(f"{root} has {len(found)} images, too few to split into train, val and test")
-        order = np.random.default_rng(self.split_seed).permutation(len(found))
-        cuts = {"test": order[:count], "val": order[count : 2 * count], "train": order[2 * count :]}
-        return {name: [found[i] for i in sorted(index)] for name, index in cuts.items()}
+        index = self.divided([item.path for item in found], lambda: cut_twice(len(found), count, self.split_seed))
+        return {name: [found[i] for i in numbers] for name, numbers in index.items()}
 
 
 class InstanceData(DetectionData):
     """Training, validation and test images with boxes and masks; see `DetectionData`."""
 
     masks: ClassVar[bool] = True
+
+
+def cut_twice(items: int, count: int, seed: int) -> dict[str, np.ndarray]:
+    """Numbers of the items of each part, in order: `count` for the test, as many for validation, the rest to train."""
+    order = np.random.default_rng(seed).permutation(items)
+    cuts = {"train": order[2 * count :], "val": order[count : 2 * count], "test": order[:count]}
+    return {name: np.sort(index) for name, index in cuts.items()}
 
 
 def annotation_files(root: Path) -> dict[str, tuple[Path, Path]]:

@@ -44,6 +44,8 @@ def test_main(argv: Sequence[str]) -> int:
     kind = find_task(task_of(type(model)) or "").data_class
     # Runs of earlier versions stored arguments that only a parent of their class takes.
     data = kind(**kind.own_settings(settings | ({"root": args.data} if other else {})))
+    if not other:
+        data.restore(checkpoint)
     if args.split and other and data.undivided():
         raise ValueError(
             f"--split {args.split} has no effect: {args.data} comes without parts, and all of it is scored; leave "
@@ -71,6 +73,8 @@ def test_main(argv: Sequence[str]) -> int:
     named = [key for key in model.metric_names if key in metrics]
     for key in (*named, *(key for key in metrics if key not in named and key != model.unit)):
         table.add_row(model.metric_names.get(key, key), f"{metrics[key]:.4f}")
+    for row in data.notes():
+        table.add_row(*row)
     table.add_row("files", f"{out}: {', '.join(files)}")
     Console().print(table, soft_wrap=True)
     return 0

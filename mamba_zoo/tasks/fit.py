@@ -17,8 +17,9 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from ._data import restoring
 from ._task import Task
-from .checkpoints import AtomicCheckpointIO, write_atomically
+from .checkpoints import AtomicCheckpointIO, read_checkpoint, write_atomically
 from .recipes import RUNS, plan, shipped_for
 from .registry import find_task, task_list
 from .running import fit, quiet, run_callbacks, trainer_settings
@@ -114,6 +115,11 @@ class FitCLI(LightningCLI):
         """Choose the folder of the run."""
         self.out = self._folder()
         os.environ[_RUN_VARIABLE] = str(self.out)
+
+    def instantiate_classes(self) -> None:
+        """Data of a run that is resumed have its parts before the model is told of them."""
+        with restoring({} if self.resume is None else read_checkpoint(self.resume / "last.ckpt")):
+            super().instantiate_classes()
 
     def _folder(self) -> Path:
         if self.resume is not None:

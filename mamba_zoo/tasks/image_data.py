@@ -197,7 +197,6 @@ class ImageData(TaskData):
                 parts[name] = self._readable(*read_classes(folders[name], self._classes)[:2])
         if "val" not in parts:
             parts |= self._split(*parts["train"], {"val": self.val_fraction})
-        parts.setdefault("test", parts["val"])
         return parts
 
     def _readable(self, paths: list[Path], targets: list[int]) -> tuple[list[Path], list[int]]:
@@ -242,14 +241,15 @@ class ImageData(TaskData):
     def _split(
         self, items: Sequence[Any], targets: Sequence[int], sizes: dict[str, Any]
     ) -> dict[str, tuple[Sequence[Any], Sequence[int]]]:
+        found = self.divided(items, lambda: self._drawn(targets, sizes))
+        return {name: ([items[i] for i in index], [int(targets[i]) for i in index]) for name, index in found.items()}
+
+    def _drawn(self, targets: Sequence[int], sizes: dict[str, Any]) -> dict[str, np.ndarray]:
         try:
             indices = stratified_split(targets, list(sizes.values()), self.split_seed, self._classes)
         except ValueError as error:
             raise ValueError(f"{self.root}: {error}") from None
-        return {
-            name: ([items[i] for i in index], [int(targets[i]) for i in index])
-            for name, index in zip(("train", *sizes), indices, strict=True)
-        }
+        return dict(zip(("train", *sizes), indices, strict=True))
 
 
 def prepared(model: Any, items: Sequence[Any], targets: Sequence[int]) -> Images:

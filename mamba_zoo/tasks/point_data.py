@@ -175,14 +175,13 @@ class PointData(TaskData):
         folders = split_folders(root)
         if not folders:
             paths, targets, self._classes = class_folders(root)
-            return self._split(self._read(paths, targets))
+            return self._split(self._read(paths, targets), paths)
         paths, targets, self._classes = class_folders(folders["train"])
         found = {"train": self._read(paths, targets)}
         for name in ("val", "test"):
             if name in folders:
                 found[name] = self._read(*class_folders(folders[name], self._classes)[:2])
-        found.setdefault("test", found.get("val", found["train"]))
-        return self._with_validation(found)
+        return self._with_validation(found, paths)
 
     def _read(self, paths: Sequence[Path], targets: Sequence[int]) -> Clouds:
         clouds = [prepared_cloud(path, self.points, self.voxel, self.split_seed) for path in paths]
@@ -219,24 +218,31 @@ class PointData(TaskData):
     def _bundled_size(self) -> bool:
         return self.root in ("digits", "solids")
 
-    def _split(self, whole: Clouds) -> dict[str, Clouds]:
-        train, test = self._cut(whole, self.test_fraction)
-        return self._with_validation({"train": train, "test": test})
+    def _split(
+        self, whole: Clouds, files: Sequence[Path] = (), parts: Sequence[str] = ("test", "val")
+    ) -> dict[str, Any]:
+        """`parts` cut off the clouds one after the other, and the rest to train on."""
+        index = self.divided(files, lambda: self._drawn(whole, parts))
+        found = {name: _subset(whole, np.array(numbers)) for name, numbers in index.items()}
+        return {"val": found["train"], **found}
 
-    def _with_validation(self, found: dict[str, Clouds]) -> dict[str, Clouds]:
-        if "val" in found:
-            return found
-        if self.val_fraction == 0:
-            return {**found, "val": found["train"]}
-        train, val = self._cut(found["train"], self.val_fraction)
-        return {**found, "train": train, "val": val}
+    def _with_validation(self, found: dict[str, Clouds], files: Sequence[Path] = ()) -> dict[str, Clouds]:
+        return found if "val" in found else {**found, **self._split(found["train"], files, ("val",))}
 
-    def _cut(self, whole: Clouds, fraction: float) -> tuple[Clouds, Clouds]:
+    def _drawn(self, whole: Clouds, parts: Sequence[str]) -> dict[str, np.ndarray]:
+        left, found = np.arange(len(whole)), {}
+        for name in parts:
+            if fraction := self.test_fraction if name == "test" else self.val_fraction:
+                rest, cut = self._cut(_subset(whole, left), fraction)
+                left, found[name] = left[rest], left[cut]
+        return {"train": left, **found}
+
+    def _cut(self, whole: Clouds, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         try:
             rest, cut = stratified_split(whole.targets, [fraction], self.split_seed, self._classes)
         except ValueError as error:
             raise ValueError(f"{self.root}: {str(error).replace('images', 'clouds')}") from None
-        return _subset(whole, rest), _subset(whole, cut)
+        return rest, cut
 
 
 class PartData(PointData):

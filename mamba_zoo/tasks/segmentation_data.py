@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ._data import TaskData
 from .canvases import CLASSES, SIZE, Canvas, Canvases, classes_of
-from .detection_data import to_tensor
+from .detection_data import cut_twice, to_tensor
 from .image_files import list_images, read_image
 
 IGNORED = 255
@@ -175,7 +175,8 @@ class SegmentationData(TaskData):
             self._classes = read_names(root)
             items, read = self._folder(root), _Reader(len(self._classes))
         train = Regions(items["train"], read, self.size, self.scales, self.hflip)
-        return {"train": train, **{name: Regions(items[name], read, self.size) for name in ("val", "test")}}
+        held = {name: Regions(items[name], read, self.size) for name in ("val", "test") if name in items}
+        return {"train": train, **held}
 
     def undivided(self) -> bool:
         """Whether the images of a folder lie in no folders of parts."""
@@ -194,9 +195,8 @@ class SegmentationData(TaskData):
             count = max(1, round(self.val_fraction * len(pairs)))
             if len(pairs) < 2 * count + 1:
                 raise MaskError(f"{root} has {len(pairs)} images, too few to split into train, val and test")
-            order = np.random.default_rng(self.split_seed).permutation(len(pairs))
-            cuts = {"test": order[:count], "val": order[count : 2 * count], "train": order[2 * count :]}
-            return {name: [pairs[i] for i in sorted(index)] for name, index in cuts.items()}
+            index = self.divided([pair.image for pair in pairs], lambda: cut_twice(len(pairs), count, self.split_seed))
+            return {name: [pairs[i] for i in numbers] for name, numbers in index.items()}
         found = {
             name: paired(root / "images" / name, root / "masks" / name)
             for name in _SPLITS
@@ -204,7 +204,7 @@ class SegmentationData(TaskData):
         }
         if "val" not in found:
             raise FileNotFoundError(f"{root}/images has train/ but no val/")
-        return {"test": found["val"], **found}
+        return found
 
 
 def read_names(root: Path) -> list[str]:
@@ -315,7 +315,7 @@ def _torchvision(name: str, folder: str) -> tuple[dict[str, Any], list[str], Any
             raise ValueError(f"root='torchvision:{name}' is not known here; choose VOCSegmentation or Cityscapes")
     except (OSError, RuntimeError) as error:
         raise OSError(f"could not get torchvision's {name} in {folder}: {error}") from error
-    return {"train": sets[0], "val": sets[1], "test": sets[1]}, names, _Translated(table)
+    return {"train": sets[0], "val": sets[1]}, names, _Translated(table)
 
 
 def _voc(folder: str, split: str) -> Any:

@@ -14,7 +14,7 @@ from pytorch_lightning import Trainer, seed_everything
 
 from ._data import TaskData
 from ._task import Task
-from .checkpoints import AtomicCheckpointIO, write_atomically
+from .checkpoints import AtomicCheckpointIO, read_checkpoint, write_atomically
 from .registry import DEFAULT, find_task, task_for
 from .running import fit, quiet, run_callbacks, trainer_settings
 
@@ -77,6 +77,9 @@ def train_once(
     write_atomically(out / "settings.json", lambda f: f.write(json.dumps(settings, indent=1).encode()))
     with quiet():
         seed_everything(seed, verbose=False)
+        last = out / "last.ckpt"
+        if last.exists():
+            data.restore(read_checkpoint(last))
         module = make_task(name, data, scan, model, task)
         callbacks, history = run_callbacks(out, seed, module.monitor, module.monitor_mode)
         options = {**_TRAINER, **(trainer or {})}
@@ -89,7 +92,6 @@ def train_once(
             torch.cuda.init()  # the counters do not exist before
             torch.cuda.reset_peak_memory_stats(runner.strategy.root_device)
         data.seed_order(seed)
-        last = out / "last.ckpt"
         fit(runner, module, data, last if last.exists() else None)
         memory = torch.cuda.max_memory_allocated(runner.strategy.root_device) if cuda else None
         started = time.perf_counter()

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -155,7 +156,7 @@ class VideoData(TaskData):
             parts = self._folder(Path(self.root).expanduser())
         both: Any = {"frames": self.num_frames, "preprocess": self.preprocess}
         train = Clips(*parts["train"], **both, train=True, crop_scale=self.crop_scale, hflip=self.hflip)
-        return {"train": train, **{s: Clips(*parts[s], **both) for s in ("val", "test")}}
+        return {"train": train, **{s: Clips(*parts[s], **both) for s in ("val", "test") if s in parts}}
 
     def undivided(self) -> bool:
         """Whether the root holds class folders."""
@@ -182,20 +183,20 @@ class VideoData(TaskData):
                 parts[name] = read_clip_classes(folders[name], self._classes)[:2]
         if "val" not in parts:
             parts |= self._split(*parts["train"], {"val": self.val_fraction})
-        parts.setdefault("test", parts["val"])
         return parts
 
     def _split(
         self, clips: list[Path], targets: list[int], sizes: dict[str, float]
     ) -> dict[str, tuple[list[Path], list[int]]]:
+        found = self.divided(clips, lambda: self._drawn(targets, sizes))
+        return {name: ([clips[i] for i in index], [targets[i] for i in index]) for name, index in found.items()}
+
+    def _drawn(self, targets: list[int], sizes: dict[str, float]) -> dict[str, np.ndarray]:
         try:
             indices = stratified_split(targets, list(sizes.values()), self.split_seed, self._classes)
         except ValueError as error:
             raise ValueError(f"{self.root}: {str(error).replace('images', 'clips')}") from None
-        return {
-            name: ([clips[i] for i in index], [targets[i] for i in index])
-            for name, index in zip(("train", *sizes), indices, strict=True)
-        }
+        return dict(zip(("train", *sizes), indices, strict=True))
 
 
 def read_clip_classes(folder: Path, classes: list[str] | None = None) -> tuple[list[Path], list[int], list[str]]:

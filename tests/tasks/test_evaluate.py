@@ -11,6 +11,8 @@ from PIL import Image
 
 from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import ImageData, train_once
+from mamba_zoo.tasks._data import Split
+from mamba_zoo.tasks.checkpoints import read_checkpoint
 from mamba_zoo.tasks.graph_data import TargetData
 from mamba_zoo.tasks.labelled_series import LabelledSeries
 from mamba_zoo.tasks.registry import load_task
@@ -28,6 +30,11 @@ def scores_of(run: Path, *flags: str) -> dict[str, Any]:
     written = [path for path in run.glob("test*.json") if path.stat().st_mtime_ns != before.get(path)]
     assert len(written) == 1
     return {**json.loads(written[0].read_text()), "file": written[0].name}
+
+
+def flat(table: str) -> str:
+    """What a table on the terminal says, without its lines."""
+    return " ".join(table.replace("│", " ").split())
 
 
 def write_waves(path: Path, rows: int = 300, spikes: tuple[int, ...] = (), gain: float = 1.0) -> Path:
@@ -163,3 +170,64 @@ def test_scores_say_what_was_scored_and_are_not_overwritten(tmp_path, capsys):
     flags = ["--checkpoint", str(run), "--data", str(tmp_path / "new photos"), "--split", "val"]
     assert main(["test", *flags]) == 2
     assert "--split val has no effect" in capsys.readouterr().err
+
+
+def test_files_added_to_class_folders_do_not_move_those_of_a_run(tmp_path, capsys):
+    root, run = write_pictures(tmp_path / "photos"), tmp_path / "run"
+    names: tuple[Split, ...] = ("train", "val", "test")
+    data = ImageData(str(root), image_size=16, batch_size=8)
+    parts = {name: data.split(name).items for name in names}
+    train_once("test_vit", data, run, max_epochs=1, trainer=CPU)
+    write_pictures(root, 3, first=12)
+    again = ImageData(str(root), image_size=16, batch_size=8)
+    assert {name: again.split(name).items for name in names} != parts  # drawn anew
+    again = ImageData(str(root), image_size=16, batch_size=8)
+    again.restore(read_checkpoint(run))
+    assert {name: again.split(name).items for name in names} == parts
+    assert scores_of(run)["images"] == len(parts["test"])
+    assert "6 files added since the run was split, the first is dark/012.png: left out" in flat(capsys.readouterr().out)
+    (root / "dark" / "003.png").unlink()
+    assert main(["test", "--checkpoint", str(run), "--device", "cpu"]) == 2
+    assert "1 of the 24 files that this run was split from are not in" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_its_parts(tmp_path, capsys):
+    root, run = write_pictures(tmp_path / "photos"), tmp_path / "run"
+    flags = ["--data.root", str(root), "--data.image_size", "16", "--data.batch_size", "8"]
+    flags += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.precision", "32"]
+    assert main(["fit", "--model.name", "test_vit", "--out", str(run), "--data.num_workers", "0", *flags]) == 0
+    kept = read_checkpoint(run / "last.ckpt")["ImageData"]
+    assert sorted(map(len, kept["parts"].values())) == [4, 4, 16]
+    write_pictures(root, 3, first=12)
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2"]) == 0
+    shown = flat(capsys.readouterr().out)
+    assert "16 train, 4 val, 4 test" in shown
+    assert "6 files added since the run was split" in shown
+    assert read_checkpoint(run / "last.ckpt")["ImageData"] == kept
+
+
+def test_large_sets_keep_a_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr("mamba_zoo.tasks._data._MOST_NAMES", 10)
+    root = write_pictures(tmp_path / "photos")
+    data = ImageData(str(root), image_size=16)
+    data.setup()
+    assert set(data.state_dict()) == {"digest"}
+    again = ImageData(str(root), image_size=16)
+    again.load_state_dict(data.state_dict())
+    assert again.split("test").items == data.split("test").items
+    write_pictures(root, 1, first=12)
+    again = ImageData(str(root), image_size=16)
+    again.load_state_dict(data.state_dict())
+    with pytest.raises(ValueError, match="are not those that this run was split from"):
+        again.setup()
+
+
+def test_validation_stands_for_a_test_that_is_not_there(tmp_path):
+    root = tmp_path / "photos"
+    for part, count in (("train", 8), ("val", 3)):
+        write_pictures(root / part, count)
+    data = ImageData(str(root), image_size=16)
+    assert data.describe("images") == [("images", "16 train, 6 val, no test: test scores are those of val")]
+    found = scores_of(train_pictures(root, tmp_path / "run"))
+    assert (found["split"], found["images"], found["file"]) == ("val", 6, "test.json")
