@@ -22,7 +22,7 @@ from ._task import Task
 from .checkpoints import AtomicCheckpointIO, read_checkpoint, write_atomically
 from .recipes import RUNS, plan, shipped_for
 from .registry import find_task, task_list
-from .running import fit, quiet, run_callbacks, trainer_settings
+from .running import fit, loading, quiet, run_callbacks, trainer_settings
 from .summary import EpochLines, print_summary, progress_bar
 
 # A process started by the trainer for another GPU works in the folder that the first one chose.
@@ -118,7 +118,10 @@ class FitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Data of a run that is resumed have its parts before the model is told of them."""
-        with restoring({} if self.resume is None else read_checkpoint(self.resume / "last.ckpt")):
+        with (
+            loading() as self.loaded,
+            restoring({} if self.resume is None else read_checkpoint(self.resume / "last.ckpt")),
+        ):
             super().instantiate_classes()
 
     def _folder(self) -> Path:
@@ -172,7 +175,7 @@ class FitCLI(LightningCLI):
             sys.stderr.write(f"\ninterrupted: {where}\n")
             return 130
         if self.trainer.is_global_zero:
-            print_summary(self.out, self.history.rows, self.model, self.datamodule)
+            print_summary(self.out, self.history.rows, self.model, self.datamodule, self.loaded)
         return 0
 
 

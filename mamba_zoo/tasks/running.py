@@ -18,6 +18,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from ..backbones._checkpoint import load_checkpoint
 from .checkpoints import write_atomically
 from .epochs import EpochSeed, epoch_number
 
@@ -164,6 +165,22 @@ def trainer_settings(**given: Any) -> Iterator[None]:
         raise ValueError(
             f"{str(error).strip().rstrip('.!')}{where}; mamba-zoo doctor says what this machine has, auto takes it"
         ) from None
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[list[str]]:
+    """What models say meanwhile of the weights that they load: how many, from where, and which are new."""
+    found: list[str] = []
+    logger, handler = logging.getLogger(load_checkpoint.__module__), logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage().partition(": ")[2])
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def quiet_trainer(device: str) -> Trainer:

@@ -46,13 +46,24 @@ class EpochLines(Checkpoint):
         sys.stdout.flush()
 
 
-def print_summary(out: Path, rows: Sequence[dict[str, Any]], model: Any, data: Any) -> None:
-    """The learning curves as `curves.png`, and a table of the run on the terminal."""
+def print_summary(out: Path, rows: Sequence[dict[str, Any]], model: Any, data: Any, loaded: Sequence[str] = ()) -> None:
+    """The learning curves as `curves.png`, and a table of the run on the terminal.
+
+    Args:
+        out: Folder of the run.
+        rows: One an epoch.
+        model: The task.
+        data: What it was trained on.
+        loaded: What was said of weights that the model started from.
+    """
     plot_curves(rows, out / "curves.png", model.curves or (model.monitor,), f"score on the validation {model.unit}")
     known = [row for row in rows if model.monitor in row]
     seconds = sum(row["seconds"] for row in rows)
     table = Table(title=f"{model.name} on {data.root}", show_header=False, title_justify="left")
     table.add_row("parameters", f"{sum(p.numel() for p in model.net.parameters()):,}")
+    given = [str(model.hparams[key]) for key in ("checkpoint_path", "init_encoder") if model.hparams.get(key)]
+    for source in loaded or given:
+        table.add_row("started from", source)
     for row in data.describe(model.unit):
         table.add_row(*row)
     speed = sum(row[model.unit] for row in rows) / max(seconds, 1e-9)
@@ -64,7 +75,8 @@ def print_summary(out: Path, rows: Sequence[dict[str, Any]], model: Any, data: A
         table.add_row("best epoch", f"{best['epoch']}, {what} on the validation {model.unit}")
     files = [name for name in ("best.ckpt", "last.ckpt", "history.csv", "curves.png") if (out / name).exists()]
     table.add_row("files", f"{out}: {', '.join(files)}")
-    table.add_row("next", f"mamba-zoo test --checkpoint {out if 'best.ckpt' in files else out / 'last.ckpt'}")
+    if checkpoints := [out / name for name in files if name.endswith(".ckpt")]:
+        table.add_row("next", f"mamba-zoo test --checkpoint {out if 'best.ckpt' in files else checkpoints[0]}")
     Console().print(table, soft_wrap=True)
 
 

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import mamba_zoo
 from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import ImageData, train_once
 from mamba_zoo.tasks._data import Split
@@ -231,3 +234,15 @@ def test_validation_stands_for_a_test_that_is_not_there(tmp_path):
     assert data.describe("images") == [("images", "16 train, 6 val, no test: test scores are those of val")]
     found = scores_of(train_pictures(root, tmp_path / "run"))
     assert (found["split"], found["images"], found["file"]) == ("val", 6, "test.json")
+
+
+def test_a_run_says_what_it_started_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # a long path would be cut off
+    write_pictures(tmp_path / "photos")
+    torch.save(mamba_zoo.create_model("vmamba_mini").state_dict(), tmp_path / "weights.pth")
+    flags = ["--data.root", "photos", "--data.image_size", "16", "--model.name", "vmamba_mini"]
+    flags += ["--trainer.max_epochs", "0", "--trainer.accelerator", "cpu", "--out", "run"]
+    assert main(["fit", *flags, "--model.checkpoint_path", "weights.pth"]) == 0
+    shown = flat(capsys.readouterr().out)
+    assert re.search(r"started from \d+ weights from weights.pth; head.fc.weight, head.fc.bias left at init", shown)
+    assert "next" not in shown  # nothing was saved that could be tested
