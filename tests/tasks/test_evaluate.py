@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,20 @@ import mamba_zoo
 from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import ImageData, train_once
 from mamba_zoo.tasks._data import Split
+from mamba_zoo.tasks.audio_data import AudioData
 from mamba_zoo.tasks.checkpoints import read_checkpoint
+from mamba_zoo.tasks.detection_data import DetectionData
 from mamba_zoo.tasks.graph_data import TargetData
+from mamba_zoo.tasks.graph_edges import EdgeData
+from mamba_zoo.tasks.graph_targets import EdgeTargetData
 from mamba_zoo.tasks.labelled_series import LabelledSeries
+from mamba_zoo.tasks.point_data import PointData
 from mamba_zoo.tasks.registry import load_task
+from mamba_zoo.tasks.segmentation_data import SegmentationData
 from mamba_zoo.tasks.series_data import SeriesData
 from mamba_zoo.tasks.series_windows import WatchedData
+from mamba_zoo.tasks.sound_files import write_sound
+from mamba_zoo.tasks.video_data import VideoData
 
 CPU: dict[str, Any] = {"accelerator": "cpu"}
 MINI = {"dim": 8, "depth": 1}
@@ -158,6 +167,28 @@ def test_other_graphs_have_targets_of_other_means(tmp_path):
     assert (found["graphs"], found["split"], found["file"]) == (3, "test", "test-parts-test.json")
 
 
+def test_other_recordings_keep_the_front_end_of_the_model(tmp_path):
+    write_sounds(tmp_path / "few", range(1))
+    data = AudioData(str(tmp_path / "few"), sample_rate=8000, seconds=0.1)
+    told = {"num_classes": 2, "class_names": ["high", "low"]}
+    trained = {**data.spectrogram, "mean": -3.0, "std": 7.0}
+    items: Any = data.scored(SimpleNamespace(hparams={**told, "front_end": trained}), "test", other=True)
+    assert (len(items), data.front_end) == (2, trained)
+    other = AudioData(str(tmp_path / "few"), sample_rate=4000, seconds=0.1)
+    with pytest.raises(ValueError, match=r"front_end of .* but the model was trained with"):
+        other.scored(SimpleNamespace(hparams={**told, "front_end": trained}), "test", other=True)
+
+
+@pytest.mark.parametrize(("make", "task"), [(EdgeData, "edge-classification"), (EdgeTargetData, "edge-regression")])
+def test_runs_of_earlier_versions_are_scored(tmp_path, make, task):
+    model = {"options": {"dim": 8, "depth": 1}}
+    train_once("graph_mamba", make(steps_per_epoch=1), tmp_path, max_epochs=1, model=model, trainer=CPU, task=task)
+    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    saved["datamodule_hyper_parameters"]["batch_size"] = 32  # of the parent's constructor
+    torch.save(saved, tmp_path / "best.ckpt")
+    assert scores_of(tmp_path)["split"] == "test"
+
+
 def test_scores_say_what_was_scored_and_are_not_overwritten(tmp_path, capsys):
     root, run = write_pictures(tmp_path / "photos"), tmp_path / "run"
     train_pictures(root, run)
@@ -208,6 +239,81 @@ def test_a_resumed_run_keeps_its_parts(tmp_path, capsys):
     assert "16 train, 4 val, 4 test" in shown
     assert "6 files added since the run was split" in shown
     assert read_checkpoint(run / "last.ckpt")["ImageData"] == kept
+
+
+def write_sounds(folder: Path, numbers: range) -> None:
+    for label in ("low", "high"):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for i in numbers:
+            wave = np.sin(np.arange(800) * (0.1 if label == "low" else 0.5) + i)
+            write_sound(folder / label / f"{i:03}.wav", torch.from_numpy(wave).float(), 8000)
+
+
+def write_clips(folder: Path, numbers: range) -> None:
+    for label in ("left", "right"):
+        for i in numbers:
+            (folder / label / f"{i:03}").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / label / f"{i:03}" / "1.png")
+
+
+def write_clouds(folder: Path, numbers: range) -> None:
+    for label in ("ball", "box"):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for i in numbers:
+            np.save(folder / label / f"{i:03}.npy", np.random.default_rng(i).normal(size=(9, 3)))
+
+
+def write_objects(folder: Path, numbers: range) -> None:
+    folder.mkdir(exist_ok=True)
+    names = [f"{i:03}.png" for i in range(numbers.stop)]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(folder / name)
+    content = {
+        "images": [{"id": i, "file_name": name, "width": 8, "height": 8} for i, name in enumerate(reversed(names))],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 4, 4]} for i in range(len(names))],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (folder / "annotations.json").write_text(json.dumps(content))
+
+
+def write_masks(folder: Path, numbers: range) -> None:
+    for name, mode in (("images", "RGB"), ("masks", "L")):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in numbers:
+            Image.new(mode, (8, 8)).save(folder / name / f"{i:03}.png")
+    (folder / "classes.txt").write_text("background\nthing\n")
+
+
+@pytest.mark.parametrize(
+    ("write", "make", "per_number"),
+    [
+        (write_sounds, lambda root: AudioData(root, sample_rate=8000, seconds=0.1), 2),
+        (write_clips, lambda root: VideoData(root, image_size=8), 2),
+        (write_clouds, lambda root: PointData(root, points=8), 2),
+        (write_objects, DetectionData, 1),
+        (write_masks, lambda root: SegmentationData(root, image_size=8), 1),
+    ],
+    ids=["audio", "video", "points", "detection", "segmentation"],
+)
+def test_every_automatic_split_of_files_is_kept(tmp_path, write, make, per_number):
+    root, names = tmp_path / "files", ("train", "val", "test")
+    write(root, range(12))
+    data = make(str(root))
+    sizes = [len(data.split(name)) for name in names]
+    kept = data.state_dict()
+    assert [len(kept["parts"][name]) for name in names] == sizes
+    assert len({file for part in kept["parts"].values() for file in part}) == sum(sizes) == 12 * per_number
+    first = [str(data.split(name)[0][0]) for name in ("val", "test")]
+    write(root, range(12, 16))
+    anew = make(str(root))
+    anew.setup()
+    assert anew.state_dict() != kept
+    again = make(str(root))
+    again.load_state_dict(kept)
+    assert [len(again.split(name)) for name in names] == sizes
+    assert [str(again.split(name)[0][0]) for name in ("val", "test")] == first
+    assert len(again.new_files) == 4 * per_number
+    assert again.undivided()
 
 
 def test_large_sets_keep_a_digest(tmp_path, monkeypatch):
