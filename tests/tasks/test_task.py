@@ -4,6 +4,7 @@ import csv
 import inspect
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_every_registered_task_keeps_the_contract():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_stored_settings_rebuild_the_data(name):
-    kind = TASKS[name].data_class
+    kind: Any = TASKS[name].data_class
     data = kind(batch_size=3) if "batch_size" in inspect.signature(kind).parameters else kind()
     again = kind(**data.hparams)
     assert dict(again.hparams) == dict(data.hparams)
