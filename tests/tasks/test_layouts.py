@@ -113,7 +113,10 @@ def test_cocos_empty_boxes_stop_the_run_or_are_counted(tmp_path):
     with pytest.raises(AnnotationError, match=r"annotation 2206849 is empty in its image .*on_bad_box='drop'"):
         DetectionData(root).setup()
     data = DetectionData(root, on_bad_box="drop")
-    assert data.describe("images") == [("images", "6 train, 6 val, no test: test scores are those of val"), ("left out", "1 objects")]
+    assert data.describe("images") == [
+        ("images", "6 train, 6 val, no test: test scores are those of val"),
+        ("left out", "1 objects"),
+    ]
 
 
 @pytest.mark.parametrize(
