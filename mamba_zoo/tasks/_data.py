@@ -21,8 +21,6 @@ from .epochs import EpochLoader, EpochShuffle
 
 Split = Literal["train", "val", "test"]
 _MOST_NAMES = 100_000  # files whose names a checkpoint holds
-
-
 _CHECKPOINT: ContextVar[Mapping[str, Any]] = ContextVar("_CHECKPOINT")
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ._classifier import write_classes
 from .audio_data import collate
+from .result_names import name_results
 from .running import write_csv
-from .sound_files import BadSoundError, list_sounds, name_results, resample, sound_blocks
+from .sound_files import BadSoundError, list_sounds, resample, sound_blocks
 
 if TYPE_CHECKING:
     from .audio_classification import AudioClassifier
@@ -46,8 +47,7 @@ def predict_csv(model: AudioClassifier, args: argparse.Namespace) -> str:
     paths = [args.data] if args.data.is_file() else list_sounds(args.data)
     model = model.to(_device(args.device))
     kept, found, rows, skipped = [], [], [], []
-    root = args.data.parent if args.data.is_file() else args.data
-    for path, called in zip(paths, name_results(paths, root), strict=True):
+    for path, called in zip(paths, name_results(paths, args.data), strict=True):
         try:
             places, probabilities = predict_windows(model, path, args.batch_size)
         except BadSoundError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from ._classifier import write_classes
 from .point_data import prepared_cloud
 from .point_figures import plot_parts, write_viewer
 from .point_files import Cloud, estimate_normals, list_clouds, read_cloud, resample, to_unit_sphere
+from .result_names import name_results
 from .running import write_csv
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def predict_parts(model: PartSegmenter, args: argparse.Namespace) -> str:
     out, device = args.out or Path("predictions"), _device(args)
     model = model.to(device).eval()
     shown: list[Any] = []
-    for path, stem in zip(paths, _stems(paths, args.data, out), strict=True):
+    for path, called in zip(paths, name_results(paths, args.data), strict=True):
+        stem = out / called
         label = _label(model, path, args.shape)
         cloud = _with_normals(model, read_cloud(path))
         # Drawn in another order, so that the pieces that the model reads are fair samples; and put back.
@@ -91,14 +92,6 @@ def written(cloud: Cloud) -> np.ndarray:
     size = float(np.abs(cloud.points).max())
     digits = 9 if size == 0 else max(0, math.ceil(-math.log10(np.spacing(np.float32(size)))))
     return np.round(cloud.origin + cloud.points, digits).astype(str)
-
-
-def _stems(paths: Sequence[Path], data: Path, out: Path) -> list[Path]:
-    """Where the results of each file are written, less the file's ending unless another's would be written there."""
-    found = [path.name if data.is_file() else str(path.relative_to(data)) for path in paths]
-    bare = [str(Path(name).with_suffix("")) for name in found]
-    alone = [bare.count(short) == 1 and short not in found for short in bare]
-    return [out / (short if own else name) for name, short, own in zip(found, bare, alone, strict=True)]
 
 
 def _with_normals(model: PointTask, cloud: Cloud) -> Cloud:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 import wave
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,21 +36,6 @@ def list_sounds(root: Path) -> list[Path]:
     if not found:
         raise ValueError(f"{root} holds no sound; looked for {', '.join(SUFFIXES)}")
     return found
-
-
-def name_results(paths: Sequence[Path], root: Path) -> list[Path]:
-    """What the result of each sound file is called: its path below `root`, without its ending if no other is the same.
-
-    Args:
-        paths: From `list_sounds`.
-        root: The folder that holds them.
-
-    Returns: Paths relative to the folder of results, all different, to which an ending is to be added.
-    """
-    whole = [path.relative_to(root) for path in paths]
-    short = [path.with_suffix("") for path in whole]
-    taken = Counter([*whole, *short])
-    return [name if taken[name] == 1 else path for name, path in zip(short, whole, strict=True)]
 
 
 def read_sound(path: Path, sample_rate: int | None = None) -> tuple[np.ndarray, int]:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mamba_zoo.backbones import stream
 
+from .result_names import name_results
 from .sound_files import (
     list_sounds,
-    name_results,
     read_sound,
     resample,
     resample_blocks,
@@ -55,11 +55,10 @@ def predict_sounds(model: SpeechTask, args: argparse.Namespace) -> str:
     if args.chunk_seconds <= 0:
         raise ValueError(f"chunk_seconds={args.chunk_seconds} must be above 0")
     paths = [args.data] if args.data.is_file() else list_sounds(args.data)
-    root = args.data.parent if args.data.is_file() else args.data
     out = args.out or Path("predictions")
     device = "cuda" if args.device in ("auto", "gpu") and torch.cuda.is_available() else "cpu"
     net: Any = model.inference_net.to(device).eval()
-    for path, called in zip(paths, name_results(paths, root), strict=True):
+    for path, called in zip(paths, name_results(paths, args.data), strict=True):
         stem = out / called
         names = {name: stem.with_name(f"{stem.name}-{name}.wav") for name in model.voice_names()}
         if getattr(net, "causal", False):

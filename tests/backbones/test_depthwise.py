@@ -46,6 +46,12 @@ class TestMadeAgain:
             after()
         return list(torch.autograd.grad(y, inputs))
 
+    def assert_as_kept(self, monkeypatch, found: list[torch.Tensor], mixer: Any, x: torch.Tensor) -> None:
+        """The gradients are those where nothing is computed again."""
+        monkeypatch.setattr(_recompute, "LEAST", 2**60)
+        for ours, expected in zip(found, self.gradients(mixer, x), strict=True):
+            torch.testing.assert_close(ours, expected)
+
     def test_with_the_weights_that_it_had(self, monkeypatch):
         mixer, x = SS2D(8, conv_bias=True), torch.randn(2, 4, 5, 8, requires_grad=True)
         mine: Any = dict(mixer.conv._parameters)
@@ -55,9 +61,7 @@ class TestMadeAgain:
 
         found = self.gradients(mixer, x, exchange)
         mixer.conv._parameters |= mine
-        monkeypatch.setattr(_recompute, "LEAST", 2**60)
-        for ours, expected in zip(found, self.gradients(mixer, x), strict=True):
-            torch.testing.assert_close(ours, expected)
+        self.assert_as_kept(monkeypatch, found, mixer, x)
 
     def test_not_where_somebody_looks(self, monkeypatch):
         mixer, x = SS2D(8), torch.randn(2, 4, 5, 8, requires_grad=True)
@@ -65,9 +69,7 @@ class TestMadeAgain:
         mixer.conv.register_forward_hook(lambda layer, inputs, y: calls.append(y) or 2 * y)
         found = self.gradients(mixer, x)
         assert len(calls) == 1
-        monkeypatch.setattr(_recompute, "LEAST", 2**60)
-        for ours, expected in zip(found, self.gradients(mixer, x), strict=True):
-            torch.testing.assert_close(ours, expected)
+        self.assert_as_kept(monkeypatch, found, mixer, x)
 
     def test_keeps_less(self, monkeypatch):
         mixer, x = SS2D(8), torch.randn(2, 6, 7, 8, requires_grad=True)

@@ -15,10 +15,10 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 
 from mamba_zoo.__main__ import main
 from mamba_zoo.tasks import sound_files, speech, train_once
+from mamba_zoo.tasks.result_names import name_results
 from mamba_zoo.tasks.sound_files import (
     BadSoundError,
     list_sounds,
-    name_results,
     read_sound,
     resample,
     resample_blocks,
