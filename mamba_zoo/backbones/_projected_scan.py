@@ -1,4 +1,4 @@
-"""The projections of a state-space layer and its scan as one node of autograd's graph, with a gradient of its own.
+"""The projections of a state-space layer and its scan as one function; of autograd's graph one node.
 
 As separate operations they are 23 to 29 nodes, and the gradient of the tokens is added up from two tensors of their
 size. Training with 128 images on an H100, as operations and as the node: vim_small 59.2 and 58.3 ms as a graph, 76 and
@@ -12,32 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels._op import differentiable_once, watched
+from ..kernels._op import differentiable_once, differentiated, recording, watched
 from ..kernels.selective_scan import scan_gradients, scan_keeping
 from ._block import are_hooked, linear_dtype
 from ._recompute import worth_making_again
 
-DEVICES = ("cuda",)  # where the node is taken; () takes it nowhere
+DEVICES = ("cuda",)  # where the function is taken; () takes it nowhere
 _ZEROS = 32  # columns; so many zeros cost a product less than a copy of what stands between them
 
 
-def is_one_node(layers: tuple[nn.Module, ...], u: Tensor, z: Tensor | None, *weights: Tensor) -> bool:
-    """Whether the node stands for the operations: on its devices, for gradients, and where nobody looks on.
+def is_one_function(layers: tuple[nn.Module, ...], u: Tensor, z: Tensor | None, *weights: Tensor) -> bool:
+    """Whether the function stands for the operations: on its devices, and where nobody looks on.
 
     Args:
-        layers: The two projections, which the node does not call.
+        layers: The two projections, which the function does not call.
         u: As for `projected_scan`.
         z: As for `projected_scan`.
         weights: As for `projected_scan`, from `x_weight` to `D`.
     """
-    inputs = (u, z, *weights)
-    if u.device.type not in DEVICES or not torch.is_grad_enabled() or watched(inputs):
+    if u.device.type not in DEVICES or watched((u, z, *weights)) or are_hooked(*layers):
         return False
-    if are_hooked(*layers):
-        return False
-    if weights[0].dtype != u.dtype and not torch.is_autocast_enabled(u.device.type):
-        return False  # torch names the dtypes
-    return any(x is not None and x.requires_grad for x in inputs)
+    # Without autocast torch names the dtypes.
+    return weights[0].dtype == u.dtype or torch.is_autocast_enabled(u.device.type)
 
 
 def projected_scan(
@@ -69,34 +65,43 @@ def projected_scan(
     Returns:
         `(b, l, k, d)`, or `(b, l, d)` with `reduce`.
     """
-    # Not asking again whether functorch is active, as for ops: `watched` has seen that it is not.
-    record = super(torch.autograd.Function, _ProjectedScan).apply  # pyright: ignore[reportAttributeAccessIssue]
-    return record((order, reduce, cu_seqlens), u, z, x_weight, dt_weight, dt_bias, A_log, D)
+    visits, given = (order, reduce, cu_seqlens), (u, z, x_weight, dt_weight, dt_bias, A_log, D)
+    if differentiated(given):
+        return recording(_ProjectedScan)(visits, *given)
+    return _computed(visits, *given, keep=False)[0]
+
+
+def _computed(
+    visits: tuple, u, z, x_weight, dt_weight, dt_bias, A_log, D, keep: bool
+) -> tuple[Tensor, list[Tensor | None], tuple]:
+    """The result, tensors and settings that the backward pass takes; the scan's states only if they are to `keep`."""
+    order, reduce, cu_seqlens = visits
+    dtype = linear_dtype(u)
+    u = u.to(dtype)
+    (k, d, rank), n = dt_weight.shape, A_log.shape[2]
+    to_maps = _blocks(x_weight, d, dtype) if u.dim() == 4 and k > 1 else x_weight.flatten(0, 1).to(dtype)
+    maps = (_rows(u) @ to_maps.t()).view(*u.shape[:2], k, rank + 2 * n)  # low-rank steps, B and C
+    columns = rank + 2 * n if k > 1 and 2 * n * k <= _ZEROS else rank
+    to_dt = _blocks(dt_weight, columns, dtype) if k > 1 else dt_weight[0].to(dtype)
+    dt = (_rows(maps[..., :rank] if columns == rank else maps) @ to_dt.t()).view(*u.shape[:2], k, d)
+    decay = torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32))).neg_()
+    y, tensors, flags = scan_keeping(
+        u, dt, decay, maps[..., rank:-n], maps[..., -n:], D, z, order, dt_bias,
+        dt_softplus=True, reduce=reduce, cu_seqlens=cu_seqlens,
+        out_dtype=torch.float32 if dtype == torch.float16 else None, keep=keep,
+    )  # fmt: skip
+    if worth_making_again(dt):  # the widest of all tensors here, made of a few channels
+        tensors[1] = None
+    return y, [*tensors, maps, to_maps, to_dt], flags
 
 
 class _ProjectedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, visits: tuple, u, z, x_weight, dt_weight, dt_bias, A_log, D):
-        order, reduce, cu_seqlens = visits
-        ctx.dtypes = [None if x is None else x.dtype for x in (u, z, x_weight, dt_weight, dt_bias, A_log, D)]
-        dtype = linear_dtype(u)
-        u = u.to(dtype)
-        (k, d, rank), n = dt_weight.shape, A_log.shape[2]
-        ctx.sizes = k, d, rank
-        to_maps = _blocks(x_weight, d, dtype) if u.dim() == 4 and k > 1 else x_weight.flatten(0, 1).to(dtype)
-        maps = (_rows(u) @ to_maps.t()).view(*u.shape[:2], k, rank + 2 * n)  # low-rank steps, B and C
-        columns = rank + 2 * n if k > 1 and 2 * n * k <= _ZEROS else rank
-        to_dt = _blocks(dt_weight, columns, dtype) if k > 1 else dt_weight[0].to(dtype)
-        dt = (_rows(maps[..., :rank] if columns == rank else maps) @ to_dt.t()).view(*u.shape[:2], k, d)
-        decay = torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32))).neg_()
-        y, (*tensors,), ctx.flags = scan_keeping(
-            u, dt, decay, maps[..., rank:-n], maps[..., -n:], D, z, order, dt_bias,
-            dt_softplus=True, reduce=reduce, cu_seqlens=cu_seqlens,
-            out_dtype=torch.float32 if dtype == torch.float16 else None,
-        )  # fmt: skip
-        if worth_making_again(dt):  # the widest of all tensors here, made of a few channels
-            tensors[1] = None
-        ctx.save_for_backward(*tensors, maps, to_maps, to_dt)
+    def forward(ctx: Any, visits: tuple, *given: Tensor | None):
+        y, tensors, ctx.flags = _computed(visits, *given, keep=True)
+        ctx.save_for_backward(*tensors)
+        ctx.dtypes = [None if x is None else x.dtype for x in given]
+        ctx.sizes = given[3].shape  # pyright: ignore[reportOptionalMemberAccess] (weights of the steps)
         return y
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 from ..scans import Scan, ScanLike, as_spec, build_scan
 from ._init import init_decay_, init_step_bias_, init_uniform_
-from ._projected_scan import is_one_node, projected_scan
+from ._projected_scan import is_one_function, projected_scan
 from ._recompute import recomputed
 
 
@@ -159,7 +159,7 @@ class SelectiveSSM(nn.Module):
         x_proj, dt_proj = self.x_proj, self.dt_proj
         if not alone and type(x_proj) is type(dt_proj) is DirectionLinear:
             given = (u, z, x_proj.weight, dt_proj.weight, self.dt_bias, self.A_log, self.D)
-            if is_one_node((x_proj, dt_proj), *given):
+            if is_one_function((x_proj, dt_proj), *given):
                 return projected_scan(*given, order, reduce, cu_seqlens)
         low, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         steps = self.dt_proj.operands(low)  # kept by the product anyway

@@ -60,9 +60,7 @@ class Op:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.registered(*inputs)
 
-        # `watched` has seen that nothing of functorch is active. Not asking again halves what recording costs.
-        function: Any = _recorded(self.kernel, save, gradient)
-        record = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+        record = recording(_recorded(self.kernel, save, gradient))
         self._differentiable = _differentiable(self.kernel, record)
         recorded = _saving(self.kernel, _recorded(below, save, gradient).apply)
         _LIBRARY.impl(self.name, _differentiable(below, recorded), "Autograd")
@@ -115,11 +113,41 @@ def _differentiable(run: Callable, record: Callable) -> Callable:
     """`run`, or `record` where a gradient is wanted."""
 
     def call(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return record(*inputs)
-        return run(*inputs)
+        return record(*inputs) if differentiated(inputs) else run(*inputs)
 
     return call
+
+
+def differentiated(inputs: tuple) -> bool:
+    """Whether a gradient is wanted of something computed of these now."""
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
+def recording(function: Any) -> Callable:
+    """The `apply` of an `autograd.Function` for inputs that are not `watched`.
+
+    Nothing of functorch is active then. Not asking again halves what recording costs.
+    """
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def applied(function: Any, *inputs: Any) -> Any:
+    """The same, or where no gradient is wanted the forward pass alone, which may tell its context, but not ask it."""
+    return recording(function)(*inputs) if differentiated(inputs) else function.forward(_Forgetful(), *inputs)
+
+
+class _Forgetful:
+    """The context of a forward pass that nobody will differentiate."""
+
+    def save_for_backward(self, *_: Any) -> None:
+        """Keep nothing."""
+
+    def set_materialize_grads(self, _: bool) -> None:
+        """There will be none."""
 
 
 def differentiable_once(gradient: Callable) -> Callable:

@@ -6,6 +6,7 @@ the bytes; and cuDNN prepares each new shape of a map when a process first meets
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ._arguments import asked_for, autocast, check_floating, check_tensors, contiguous, with_unit_stride
 from ._backend import choose, gpu_backend, implementation
-from ._op import differentiable_once, watched
+from ._op import applied, differentiable_once, watched
 
 ACTIVATIONS = (None, "silu")
 _MOST_TAPS = 9  # whose gradients a thread holds in registers
@@ -52,16 +53,18 @@ def depthwise_conv2d(
     dtype = asked_for(x.dtype, weight, bias)
     size = weight.shape[2:]
     few = size.numel() <= _MOST_TAPS
+    seen = watched(inputs)
     if backend != "auto":
         backend = choose(backend, x.device, dtype, "depthwise_conv2d")
         if backend != "reference" and not few:
             raise ValueError(
                 f"backend={backend!r} takes up to {_MOST_TAPS} taps, not {tuple(size)}; use backend='auto'"
             )
-    elif few and x.is_cuda and not watched(inputs):
+    elif few and x.is_cuda and not seen:
         backend = gpu_backend(dtype, "depthwise_conv2d")
     if backend == "cuda" and 0 < x.numel() < len(weight) * 2**31:  # positions are counted in 31 bits
-        return _DepthwiseConv.apply(implementation(backend, "depthwise_conv2d"), *inputs, activation == "silu")
+        run = _DepthwiseConv.apply if seen else partial(applied, _DepthwiseConv)
+        return run(implementation(backend, "depthwise_conv2d"), *inputs, activation == "silu")
     # A channels-last map seen as (b, d, h, w) is what torch calls channels_last: nothing is copied on either side.
     y = F.conv2d(
         x.permute(0, 3, 1, 2), weight.to(x.dtype), None if bias is None else bias.to(x.dtype),

@@ -159,17 +159,19 @@ def scan_keeping(
     reduce: str | None = None,
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, list[Tensor | None], tuple]:
     """`selective_scan` that records no gradient, for a larger function with a gradient of its own.
 
     Returns:
-        The result; and what `scan_gradients` takes: tensors, u, dt, A, B, C, D, z and dt_bias first, and settings.
+        The result; and, if it is to `keep` the states, what `scan_gradients` takes: tensors, u, dt, A, B, C, D, z and
+        dt_bias first, and settings.
     """
     tensors, flags = _prepared(
         u, dt, A, B, C, D, z, order, dt_bias, dt_softplus, reduce, None, cu_seqlens, out_dtype, "auto"
     )
     softplus, reduction, complete, *rest = flags
-    y, _, saved = _forward(*tensors, softplus, reduction, complete, True, False, *rest)
+    y, _, saved = _forward(*tensors, softplus, reduction, complete, keep, False, *rest)
     return y, [*tensors, saved], flags
 
 
