@@ -2,8 +2,9 @@
 [--alone] [--out FILE]`.
 
 CPU: batch 1, float32, inference, models and peers interleaved. GPU: batch 128, bfloat16 autocast, inference and
-training (forward + backward, without the optimizer step), eager and, with --modes, through torch.compile ("compiled")
-and as a CUDA graph ("captured", `mamba_zoo.capture`); the smallest and largest model of every family and the model of
+training (forward + backward, without the optimizer step), eager and, with --modes, with the backward pass in the
+calling thread ("one-thread", as `mamba-zoo fit` runs it), through torch.compile ("compiled") and as a CUDA graph
+("captured", `mamba_zoo.capture`); the smallest and largest model of every family and the model of
 timm nearest to it in parameters and operations, one after another in one process. Videos are clips of 8 frames, in
 batches of 16, without a peer. A speed of ours is given only after the outputs for two inputs, called as they are timed,
 agreed with the model's in float32 through other kernels: the plain reference, or beyond 224 pixels Triton, which has no
@@ -40,7 +41,7 @@ from mamba_zoo import capture, kernels
 from .shapes import anchors
 
 TOLERANCE = 0.03  # of the norm of the outputs, after all layers in bfloat16
-MODES = ("eager", "compiled", "captured")
+MODES = ("eager", "one-thread", "compiled", "captured")
 PAIRS = {"vmamba_tiny": "swin_tiny_patch4_window7_224", "vim_tiny": "deit_tiny_patch16_224"}
 
 
@@ -223,7 +224,8 @@ def measured(row: Row, batch: int, size: int, mode: str, budget: float, device: 
                 y = forward(x)
             if what == "train":
                 model.zero_grad(set_to_none=True)
-                y.float().logsumexp(-1).sum().backward()
+                with torch.autograd.set_multithreading_enabled(mode != "one-thread"):
+                    y.float().logsumexp(-1).sum().backward()
 
         torch.cuda.reset_peak_memory_stats()  # before the first runs: a graph allocates as it is captured
         for _ in range(3):

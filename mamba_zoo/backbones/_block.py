@@ -101,12 +101,20 @@ def linear_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def are_hooked(*layers: nn.Module) -> bool:
+def are_hooked(*layers: Any) -> bool:
     """Whether hooks would see that one of the layers is called."""
-    return bool(_has_any_global_hook()) or any(
-        bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        for layer in layers
-    )
+    for layer in layers:
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            return True
+    return bool(_has_any_global_hook())
+
+
+def are_as_built(*layers: Any) -> bool:
+    """Whether the layers do what their classes say and nothing besides: no hooks, and no `forward` of their own."""
+    for layer in layers:
+        if "forward" in layer.__dict__:
+            return False
+    return not are_hooked(*layers)
 
 
 class LeanMlp(Mlp):
@@ -117,67 +125,24 @@ class LeanMlp(Mlp):
         fc1, fc2 = self.fc1, self.fc2
         if type(fc1) is type(fc2) is nn.Linear:
             weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
-            if (backend := in_one_node(x, *weights)) and self._ordinary():
+            if (backend := in_one_node(x, *weights)) and self.is_ordinary():
                 return mlp(x, *weights, backend=backend)
         x = fc1(x)
         y = self.act(x)
         with recomputed(y, self.act, x):
             return self.drop2(fc2(self.norm(self.drop1(y))))
 
-    def _ordinary(self) -> bool:
+    def is_ordinary(self) -> bool:
         """Whether an exact GELU is all between the linear layers, and nobody has hung anything on the parts."""
-        act = self.act
+        parts = self._modules
+        act = parts["act"]
         if type(act) is not nn.GELU or act.approximate != "none":
             return False
-        for part in (self.drop1, self.norm, self.drop2):
+        for name in ("drop1", "norm", "drop2"):
+            part: Any = parts[name]
             if type(part) is not nn.Identity and (type(part) is not nn.Dropout or (part.training and part.p > 0)):
                 return False
-        return not are_hooked(*self.children()) and not any("forward" in part.__dict__ for part in self.children())
-
-
-class MapBlock(nn.Module):
-    """A mixer of channels-last maps, and optionally an MLP, each `x + drop_path(f(norm(x)))`.
-
-    Args:
-        dim: Width.
-        mixer: Makes the mixer, given the width.
-        mlp_ratio: Hidden width of the MLP in units of `dim`; 0 is no MLP.
-        drop_path: Rate at which a sample skips a branch in training.
-        device: Of the parameters.
-        dtype: Of the parameters.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        mixer: Callable[[int], nn.Module],
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd: Any = {"device": device, "dtype": dtype}
-        self.norm1 = LayerNorm(dim, **dd)
-        self.mixer = mixer(dim)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        if mlp_ratio > 0:
-            self.norm2 = LayerNorm(dim, **dd)
-            self.mlp = LeanMlp(dim, int(mlp_ratio * dim), **dd)
-            self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        else:
-            self.mlp = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A map `(b, h, w, dim)` to one of the same shape."""
-        y = self.norm1(x, narrow=True)
-        with normed_again(y, self.norm1, x):
-            y = self.mixer(y)
-        if self.mlp is None:
-            return x + self.drop_path1(y)
-        x, y = self.norm2(x, y, branch_scale(y, skip_rate(self.drop_path1)), narrow=True)
-        with normed_again(y, self.norm2, x):
-            return x + self.drop_path2(self.mlp(y))
+        return are_as_built(*parts.values())
 
 
 class AddNormBlock(nn.Module):
@@ -233,7 +198,7 @@ def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
 
 
 # torch.fx takes these whole, because they look at dtypes. Not as decorators, which would hide their types.
-for _leaf in (LayerNorm, LeanMlp, MapBlock, RMSNorm):
+for _leaf in (LayerNorm, LeanMlp, RMSNorm):
     register_notrace_module(_leaf)
 for _name in ("add_residual", "branch_scale", "linear_dtype"):
     torch.fx.wrap(_name)

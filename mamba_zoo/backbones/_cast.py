@@ -45,7 +45,8 @@ def weights_cast(model: nn.Module, x: Any) -> AbstractContextManager[Any]:
     places = _known.get(model)
     if places is None or any(layer._parameters[name] is not weight for layer, name, weight in places):
         places = _known[model] = _places(model, x.device)
-    places = [place for place in places if not are_hooked(place[0])]
+    if are_hooked(*(layer for layer, _, _ in places)):  # asking for all of them at once takes a third of the time
+        places = [place for place in places if not are_hooked(place[0])]
     return _replaced(places, torch.get_autocast_dtype(x.device.type)) if places else nullcontext()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels._op import differentiable_once, differentiated, recording, watched
+from ..kernels._op import Alone, applied, differentiable_once, watched
 from ..kernels.selective_scan import scan_gradients, scan_keeping
 from ._block import are_hooked, linear_dtype
 from ._recompute import worth_making_again
@@ -65,48 +65,41 @@ def projected_scan(
     Returns:
         `(b, l, k, d)`, or `(b, l, d)` with `reduce`.
     """
-    visits, given = (order, reduce, cu_seqlens), (u, z, x_weight, dt_weight, dt_bias, A_log, D)
-    if differentiated(given):
-        return recording(_ProjectedScan)(visits, *given)
-    return _computed(visits, *given, keep=False)[0]
+    return applied(ProjectedScan, (order, reduce, cu_seqlens), u, z, x_weight, dt_weight, dt_bias, A_log, D)
 
 
-def _computed(
-    visits: tuple, u, z, x_weight, dt_weight, dt_bias, A_log, D, keep: bool
-) -> tuple[Tensor, list[Tensor | None], tuple]:
-    """The result, tensors and settings that the backward pass takes; the scan's states only if they are to `keep`."""
-    order, reduce, cu_seqlens = visits
-    dtype = linear_dtype(u)
-    u = u.to(dtype)
-    (k, d, rank), n = dt_weight.shape, A_log.shape[2]
-    to_maps = _blocks(x_weight, d, dtype) if u.dim() == 4 and k > 1 else x_weight.flatten(0, 1).to(dtype)
-    maps = (_rows(u) @ to_maps.t()).view(*u.shape[:2], k, rank + 2 * n)  # low-rank steps, B and C
-    columns = rank + 2 * n if k > 1 and 2 * n * k <= _ZEROS else rank
-    to_dt = _blocks(dt_weight, columns, dtype) if k > 1 else dt_weight[0].to(dtype)
-    dt = (_rows(maps[..., :rank] if columns == rank else maps) @ to_dt.t()).view(*u.shape[:2], k, d)
-    decay = torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32))).neg_()
-    y, tensors, flags = scan_keeping(
-        u, dt, decay, maps[..., rank:-n], maps[..., -n:], D, z, order, dt_bias,
-        dt_softplus=True, reduce=reduce, cu_seqlens=cu_seqlens,
-        out_dtype=torch.float32 if dtype == torch.float16 else None, keep=keep,
-    )  # fmt: skip
-    if worth_making_again(dt):  # the widest of all tensors here, made of a few channels
-        tensors[1] = None
-    return y, [*tensors, maps, to_maps, to_dt], flags
+class ProjectedScan(torch.autograd.Function):
+    """`projected_scan`, its last three arguments first."""
 
-
-class _ProjectedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, visits: tuple, *given: Tensor | None):
-        y, tensors, ctx.flags = _computed(visits, *given, keep=True)
-        ctx.save_for_backward(*tensors)
-        ctx.dtypes = [None if x is None else x.dtype for x in given]
-        ctx.sizes = given[3].shape  # pyright: ignore[reportOptionalMemberAccess] (weights of the steps)
+    def forward(ctx: Any, visits: tuple, u, z, x_weight, dt_weight, dt_bias, A_log, D):
+        """Called by autograd."""
+        order, reduce, cu_seqlens = visits
+        ctx.dtypes = [None if x is None else x.dtype for x in (u, z, x_weight, dt_weight, dt_bias, A_log, D)]
+        dtype = linear_dtype(u)
+        u = u.to(dtype)
+        (k, d, rank), n = dt_weight.shape, A_log.shape[2]
+        ctx.sizes = k, d, rank
+        to_maps = _blocks(x_weight, d, dtype) if u.dim() == 4 and k > 1 else x_weight.flatten(0, 1).to(dtype)
+        maps = (_rows(u) @ to_maps.t()).view(*u.shape[:2], k, rank + 2 * n)  # low-rank steps, B and C
+        columns = rank + 2 * n if k > 1 and 2 * n * k <= _ZEROS else rank
+        to_dt = _blocks(dt_weight, columns, dtype) if k > 1 else dt_weight[0].to(dtype)
+        dt = (_rows(maps[..., :rank] if columns == rank else maps) @ to_dt.t()).view(*u.shape[:2], k, d)
+        decay = torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32))).neg_()
+        y, (*tensors,), ctx.flags = scan_keeping(
+            u, dt, decay, maps[..., rank:-n], maps[..., -n:], D, z, order, dt_bias,
+            dt_softplus=True, reduce=reduce, cu_seqlens=cu_seqlens,
+            out_dtype=torch.float32 if dtype == torch.float16 else None, keep=type(ctx) is not Alone,
+        )  # fmt: skip
+        if worth_making_again(dt):  # the widest of all tensors here, made of a few channels
+            tensors[1] = None
+        ctx.save_for_backward(*tensors, maps, to_maps, to_dt)
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Called by autograd."""
         # Autocast may be on here or not, whatever it was in the forward pass.
         with torch._C._DisableAutocast():  # pyright: ignore[reportAttributeAccessIssue]
             grads = _gradients(ctx, dy)

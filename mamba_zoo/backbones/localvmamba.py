@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..scans import ScanLike, scan_order
 from ._base import Pyramid, Stage
-from ._block import MapBlock
 from ._embed import PatchMerge, PatchStem
 from ._init import init_linear_
 from ._keys import Key, rename
 from ._local import COLUMNS_NOTE, DEFAULT, BlockScan, DirectionMerge, block_scans
+from ._map_block import MapBlock
 from ._mixer import SS2D
 from ._register import Card, build_model, image_cfg, register
 from ._ssm import SelectiveSSM

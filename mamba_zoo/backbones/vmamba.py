@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..scans import Scan
 from ._base import Pyramid, Stage
-from ._block import MapBlock
 from ._embed import ConvDownsample, ConvStem, PatchMerge, PatchStem
 from ._init import init_linear_
 from ._keys import Key, rename
+from ._map_block import MapBlock
 from ._mixer import SS2D
 from ._register import Card, build_model, image_cfg, register
 from ._ssm import resolve_scan

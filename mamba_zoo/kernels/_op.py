@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -136,18 +136,50 @@ def recording(function: Any) -> Callable:
 
 
 def applied(function: Any, *inputs: Any) -> Any:
-    """The same, or where no gradient is wanted the forward pass alone, which may tell its context, but not ask it."""
-    return recording(function)(*inputs) if differentiated(inputs) else function.forward(_Forgetful(), *inputs)
+    """The same, or where no gradient is wanted the forward pass alone."""
+    return recording(function)(*inputs) if differentiated(inputs) else Alone(function).forward(*inputs)
 
 
-class _Forgetful:
-    """The context of a forward pass that nobody will differentiate."""
+class Alone:
+    """The context of an `autograd.Function` whose forward pass nobody will differentiate."""
 
-    def save_for_backward(self, *_: Any) -> None:
+    def __init__(self, function: Any):
+        self.function = function
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def forward(self, first: Any, *inputs: Any) -> Any:
+        """The forward pass; `first` is no tensor."""
+        self.needs_input_grad = (False,) * (1 + len(inputs))
+        return self.function.forward(self, first, *inputs)
+
+    def save_for_backward(self, *_: Tensor | None) -> None:
         """Keep nothing."""
 
     def set_materialize_grads(self, _: bool) -> None:
         """There will be none."""
+
+
+class Part(Alone):
+    """The context of an `autograd.Function` that is called within a larger one, which keeps its tensors."""
+
+    def forward(self, first: Any, *inputs: Any) -> Any:
+        """The forward pass; all tensors are to have a gradient."""
+        self.needs_input_grad = (False, *[isinstance(x, Tensor) for x in inputs])
+        return self.function.forward(self, first, *inputs)
+
+    def backward(self, *grads: Tensor | None) -> Any:
+        """The backward pass."""
+        return self.function.backward(self, *grads)
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Hold them until the larger function takes them."""
+        self.saved_tensors = tensors
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Part:
+        """A copy that has saved these; two backward passes may come at once."""
+        copy = Part.__new__(Part)
+        copy.__dict__.update(self.__dict__, saved_tensors=tensors)
+        return copy
 
 
 def differentiable_once(gradient: Callable) -> Callable:

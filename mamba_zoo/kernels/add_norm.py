@@ -73,7 +73,7 @@ def add_norm(
         elif x.is_cuda and not seen:
             backend = gpu_backend(dtype, "add_norm")
         if backend in ("cuda", "triton"):
-            run = _AddNorm.apply if seen else partial(applied, _AddNorm)
+            run = AddNorm.apply if seen else partial(applied, AddNorm)
             found = run(implementation(backend, "add_norm"), *inputs, eps, kind == "rms", out_dtype)
             return (x, found) if branch is None else found
     stream = x
@@ -89,13 +89,16 @@ def add_norm(
     return stream, y.to(out_dtype)
 
 
-class _AddNorm(torch.autograd.Function):
+class AddNorm(torch.autograd.Function):
+    """`add_norm` by kernels; without a branch the normed tokens alone."""
+
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, x, branch, scale, weight, bias, eps, rms, out_dtype):
+        """Called by autograd."""
         x, branch, scale, weight, bias = (contiguous(t) for t in (x, branch, scale, weight, bias))
         stream, y, statistics = kernels.forward(x, branch, scale, weight, bias, eps, rms, out_dtype)
         ctx.save_for_backward(stream, scale, weight, statistics)
-        ctx.kernels, ctx.rms, ctx.out_dtype = kernels, rms, out_dtype
+        ctx.kernels, ctx.eps, ctx.rms, ctx.out_dtype = kernels, eps, rms, out_dtype
         ctx.dtypes = (x.dtype, None if branch is None else branch.dtype, None if bias is None else bias.dtype)
         ctx.set_materialize_grads(False)
         return y if branch is None else (stream, y)
@@ -103,9 +106,11 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Called by autograd."""
         stream, scale, weight, statistics = ctx.saved_tensors
         _, branch_dtype, _ = ctx.dtypes
-        dstream, dy = grads if branch_dtype is not None else (None, grads[0])
+        # Without a branch the stream is no output, but a larger function may have a gradient of it.
+        dstream, dy = grads if len(grads) == 2 else (None, grads[0])
         if dy is None:  # the normed tokens were not used
             dy = torch.zeros_like(stream, dtype=ctx.out_dtype)
         dx, dbranch, dweight, dbias = ctx.kernels.backward(
@@ -114,6 +119,12 @@ class _AddNorm(torch.autograd.Function):
         if branch_dtype is not None and dbranch is None:
             dbranch = dx
         return None, dx, dbranch, None, dweight, dbias, None, None, None
+
+    @staticmethod
+    def normed(ctx: Any, bias: Tensor | None) -> Tensor:
+        """The normed tokens again."""
+        stream, _, weight, _ = ctx.saved_tensors
+        return ctx.kernels.forward(stream, None, None, weight, contiguous(bias), ctx.eps, ctx.rms, ctx.out_dtype)[1]
 
 
 def _check(x, weight, bias, branch, scale, kind, backend) -> None:

@@ -63,7 +63,7 @@ def depthwise_conv2d(
     elif few and x.is_cuda and not seen:
         backend = gpu_backend(dtype, "depthwise_conv2d")
     if backend == "cuda" and 0 < x.numel() < len(weight) * 2**31:  # positions are counted in 31 bits
-        run = _DepthwiseConv.apply if seen else partial(applied, _DepthwiseConv)
+        run = DepthwiseConv2d.apply if seen else partial(applied, DepthwiseConv2d)
         return run(implementation(backend, "depthwise_conv2d"), *inputs, activation == "silu")
     # A channels-last map seen as (b, d, h, w) is what torch calls channels_last: nothing is copied on either side.
     y = F.conv2d(
@@ -79,9 +79,12 @@ def has_kernels(weight: Tensor) -> bool:
     return few and weight.is_cuda and gpu_backend(weight.dtype, "depthwise_conv2d") != "reference"
 
 
-class _DepthwiseConv(torch.autograd.Function):
+class DepthwiseConv2d(torch.autograd.Function):
+    """`depthwise_conv2d` by kernels."""
+
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, x, weight, bias, silu):
+        """Called by autograd."""
         x, weight, bias = with_unit_stride(x), contiguous(weight), contiguous(bias)
         ctx.save_for_backward(x, weight, bias)
         ctx.kernels, ctx.silu = kernels, silu
@@ -90,10 +93,16 @@ class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Called by autograd."""
         x, weight, bias = ctx.saved_tensors
         _, x_wanted, *weights_wanted, _ = ctx.needs_input_grad
         wanted = x_wanted, any(weights_wanted)
         return None, *ctx.kernels.backward(with_unit_stride(dy), x, weight, bias, ctx.silu, *wanted), None
+
+    @staticmethod
+    def convolved(ctx: Any) -> Tensor:
+        """The result again."""
+        return ctx.kernels.forward(*ctx.saved_tensors, ctx.silu)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

@@ -61,7 +61,7 @@ def mlp(
         choose(backend, x.device, dtype, "mlp")  # raises, with the reason
     # Casts are nodes of their own, as autocast's are: with them gradients have the dtype of their tensors.
     cast = (t if t is None else as_dtype(t, dtype) for t in (x, *weights))
-    return _Mlp.apply(implementation(backend, "mlp"), *cast)
+    return Mlp.apply(implementation(backend, "mlp"), *cast)
 
 
 def in_one_node(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> str | None:
@@ -85,11 +85,12 @@ def _computed(x: Tensor, weights: _Weights) -> torch.dtype | None:
     return x.dtype if all(t.dtype == x.dtype for t in tensors) else None
 
 
-class _Mlp(torch.autograd.Function):
-    """Torch multiplies; `kernels` do what lies between the products of the backward pass."""
+class Mlp(torch.autograd.Function):
+    """`mlp` by kernels: torch multiplies; `kernels` do what lies between the products of the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, kernels: ModuleType, x, weight1, bias1, weight2, bias2):
+        """Called by autograd."""
         h = F.linear(x, weight1, bias1)
         ctx.kernels = kernels
         _, x_wanted, weight1_wanted, bias1_wanted, weight2_wanted, _ = ctx.needs_input_grad
@@ -103,6 +104,7 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Called by autograd."""
         # Autocast may be on here or not, whatever it was in the forward pass.
         with torch._C._DisableAutocast():  # pyright: ignore[reportAttributeAccessIssue]
             return None, *_gradients(ctx, dout)

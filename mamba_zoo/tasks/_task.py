@@ -203,6 +203,14 @@ class Task(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """In the calling thread: Python in the thread that autograd has for a GPU is slower.
+
+        vmamba_tiny with 128 images on an H100 took 56.7 ms a step with that thread, 45.8 without (medians of 7 turns).
+        """
+        with torch.autograd.set_multithreading_enabled(False):
+            super().backward(loss, *args, **kwargs)
+
     def on_fit_start(self) -> None:
         """Start or continue the average of the weights."""
         if self.ema_decay is not None and not self._ema:

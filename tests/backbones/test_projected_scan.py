@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mamba_zoo
-from mamba_zoo.backbones import _projected_scan, _recompute
+from mamba_zoo.backbones import _map_nodes, _projected_scan, _recompute
 from mamba_zoo.backbones._cast import weights_cast
 from mamba_zoo.backbones._ssm import SelectiveSSM
 
@@ -27,6 +27,7 @@ def nodes(monkeypatch) -> list[bool]:
         return forward(*args, **options)
 
     monkeypatch.setattr(_projected_scan, "DEVICES", EVERYWHERE)
+    monkeypatch.setattr(_map_nodes, "DEVICES", ())  # which call the function themselves
     monkeypatch.setattr(_projected_scan, "scan_keeping", counted)
     return calls
 

@@ -11,7 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import mamba_zoo
 from mamba_zoo.backbones import _recompute
-from mamba_zoo.backbones._block import LeanMlp, MapBlock
+from mamba_zoo.backbones._block import LeanMlp
+from mamba_zoo.backbones._map_block import MapBlock
 from mamba_zoo.backbones._mixer import SS2D
 from mamba_zoo.backbones._recompute import recomputed
 

@@ -1,0 +1,391 @@
+"""The halves of a map block as one function each: what they replace, and when they stand back."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers.drop import DropPath
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mamba_zoo
+from mamba_zoo import kernels
+from mamba_zoo.backbones import _map_nodes, _recompute
+from mamba_zoo.backbones._cast import weights_cast
+from mamba_zoo.backbones._map_block import MapBlock
+from mamba_zoo.backbones._mixer import SS2D
+from mamba_zoo.kernels.add_norm import add_norm
+from mamba_zoo.kernels.depthwise_conv2d import depthwise_conv2d
+
+HALVES = ["_WithMlpBackward", "_MixedBackward"]
+
+
+def norm_forward(x, branch, scale, weight, bias, eps, rms, out_dtype) -> tuple:
+    stream, y = add_norm(x, weight, bias, branch, scale, eps, "layer", out_dtype, "reference")
+    return stream, y, x.new_tensor(eps, dtype=torch.float32)
+
+
+def norm_backward(dy, dstream, stream, scale, weight, statistics, rms, x_dtype, branch_dtype, bias_dtype) -> tuple:
+    inputs = [t.detach().float().requires_grad_() for t in (stream, weight, torch.zeros_like(weight))]
+    with torch.enable_grad():
+        y = F.layer_norm(inputs[0], weight.shape, inputs[1], inputs[2], float(statistics))
+    dx, dweight, dbias = torch.autograd.grad(y, inputs, dy.float())
+    dx = dx if dstream is None else dx + dstream.float()
+    wide = 1 if scale is None else scale.view(-1, *[1] * (dx.dim() - 1))
+    dbranch = None if branch_dtype is None else (dx * wide).to(branch_dtype)
+    return dx.to(x_dtype), dbranch, dweight.to(weight.dtype), None if bias_dtype is None else dbias.to(bias_dtype)
+
+
+def conv_forward(x, weight, bias, silu) -> torch.Tensor:
+    return depthwise_conv2d(x, weight, bias, "silu" if silu else None, "reference")
+
+
+def conv_backward(dy, x, weight, bias, silu, x_wanted, weights_wanted) -> tuple:
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
+    with torch.enable_grad():
+        y = conv_forward(inputs[0], inputs[1], None if bias is None else inputs[2], silu)
+    grads = torch.autograd.grad(y, inputs, dy)
+    return *grads, *[None] * (3 - len(grads))
+
+
+def gelu_gradient(h, g, again, bias) -> tuple:
+    h = h.detach().requires_grad_()
+    with torch.enable_grad():
+        y = F.gelu(h)
+    (dh,) = torch.autograd.grad(y, h, g)
+    return dh, y.detach(), dh.sum(0)
+
+
+PLAIN = _map_nodes._Kernels(
+    *(
+        SimpleNamespace(**functions)  # pyright: ignore[reportArgumentType]
+        for functions in (
+            {"forward": norm_forward, "backward": norm_backward},
+            {"forward": conv_forward, "backward": conv_backward},
+            {"gelu_gradient": gelu_gradient, "sum_columns": lambda x: x.sum(0)},
+        )
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def functions(device, monkeypatch) -> None:
+    """Takes the functions on every device: on a CPU with plain torch in the place of kernels."""
+    monkeypatch.setattr(_map_nodes, "DEVICES", ("cpu", "cuda"))
+    if device.type == "cpu":
+        monkeypatch.setattr(_map_nodes, "_serving", lambda dtype: PLAIN)
+        monkeypatch.setattr(_map_nodes.DepthwiseConv, "has_kernels", lambda self: self._as_built())
+
+
+def plainly(monkeypatch, run: Any) -> Any:
+    """`run()` as operations."""
+    with monkeypatch.context() as patch:
+        patch.setattr(_map_nodes, "DEVICES", ())
+        return run()
+
+
+def made(device, dim: int = 16, drop_path: float = 0.0, mlp_ratio: float = 2.0, **options: Any) -> Any:
+    block = MapBlock(dim, partial(SS2D, **options), mlp_ratio, drop_path)
+    with torch.no_grad():
+        for name, weight in block.named_parameters():
+            if name.endswith(("bias", ".D")) or "norm" in name:
+                weight.add_(0.3 * torch.randn_like(weight))
+    return block.to(device)
+
+
+def tokens(
+    device, dim: int = 16, dtype: torch.dtype = torch.float32, size: tuple[int, ...] = (2, 5, 4)
+) -> torch.Tensor:
+    return torch.randn(*size, dim).to(device, dtype).requires_grad_()
+
+
+def results(block: Any, x: torch.Tensor, half: torch.dtype | None = None, call: Any = None) -> list[torch.Tensor]:
+    block.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    seed = torch.randn(x.shape).to(x.device)
+    with torch.autocast(x.device.type, half, enabled=half is not None), weights_cast(block, x):
+        y = (call or block)(x)
+    (dx,) = torch.autograd.grad((y.float() * seed).sum(), x, retain_graph=True)
+    (y.float() * seed).sum().backward()
+    x.grad = None
+    return [y.detach(), dx, *[p.grad for p in block.parameters()]]
+
+
+def agree(found: list[torch.Tensor], wanted: list[torch.Tensor], most: float) -> None:
+    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert float((a - b).norm()) <= most * float(b.norm()) + 1e-12, f"number {i} of output and gradients"
+
+
+def nodes_of(y: torch.Tensor) -> list[str]:
+    """The last two nodes that made `y`."""
+    last: Any = y.grad_fn
+    found = [type(last).__name__]
+    return found + [type(before[0]).__name__ for before in last.next_functions[:1] if before[0] is not None]
+
+
+@pytest.mark.parametrize("least", [1, 2**60], ids=["large", "small"])
+@pytest.mark.parametrize(
+    ("options", "half"),
+    [
+        ({}, None),
+        ({"conv_bias": True, "d_state": 4, "scan": "snake", "k": 4}, None),
+        ({"ssm_ratio": 2.0, "scan": "raster", "k": 1}, None),
+        ({"drop_path": 0.5}, None),
+        ({}, torch.bfloat16),
+        ({"conv_bias": True, "d_state": 16, "scan": "bidirectional", "k": 2}, torch.bfloat16),
+        ({"ssm_ratio": 2.0}, torch.float16),
+    ],
+    ids=str,
+)
+def test_is_what_the_layers_compute(options, half, least, device, monkeypatch):
+    if half is torch.float16 and device.type == "cpu":
+        half = torch.bfloat16  # torch multiplies float16 on few CPUs
+    monkeypatch.setattr(_recompute, "LEAST", least)
+    block, x = made(device, **options).train(), tokens(device)
+    assert nodes_of(block(x)) == HALVES
+    found = results(block, x, half)
+    wanted = plainly(monkeypatch, lambda: results(block, x, half))
+    agree(found, wanted, 2e-2 if half else 1e-5 if device.type == "cpu" else 1e-3)
+
+
+def test_half_weights_without_autocast(device, monkeypatch):
+    block, x = made(device).bfloat16(), tokens(device, dtype=torch.bfloat16)
+    assert nodes_of(block(x)) == HALVES
+    agree(results(block, x), plainly(monkeypatch, lambda: results(block, x)), 3e-2)
+
+
+@pytest.mark.parametrize("least", [1, 2**60], ids=["large", "small"])
+def test_large_tensors_are_not_kept(least, device, monkeypatch):
+    monkeypatch.setattr(_recompute, "LEAST", least)
+    block, x = made(device, scan="cross", k=4), tokens(device, size=(2, 8, 8))
+    _, y = _map_nodes.mixed(block, x) or (x, x)
+    saved: Any = y.grad_fn and y.grad_fn.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    shapes = [tuple(t.shape) for t in saved if t is not None]
+    # Maps and rows of tokens: the input, what is convolved, what is scanned and normed.
+    assert sum(shape in ((2, 8, 8, 16), (2, 64, 16)) for shape in shapes) == (3 if least == 1 else 6)
+    assert ((2, 64, 4, 16) in shapes) == (least > 1)  # step sizes
+
+
+def test_an_mlp_behind_another_mixer_and_a_mixer_without_an_mlp(device, monkeypatch):
+    x = tokens(device)
+    for block, node in (
+        (made(device, gate=True), "_WithMlpBackward"),
+        (made(device, k=0), "_WithMlpBackward"),
+        (made(device, mlp_ratio=0.0), "_MixedBackward"),
+    ):
+        assert node in nodes_of(block(x))
+        agree(results(block, x), plainly(monkeypatch, lambda block=block: results(block, x)), 1e-3)
+
+
+def test_without_gradients_nothing_is_recorded(device, monkeypatch):
+    block, x = made(device), tokens(device)
+    calls, forward = [], _map_nodes._Mixed.forward
+    monkeypatch.setattr(_map_nodes._Mixed, "forward", lambda *args: calls.append(1) or forward(*args))
+
+    def run() -> list[torch.Tensor]:
+        with torch.no_grad():
+            found = [block(x)]
+        with torch.inference_mode():
+            return [*found, block(x)]
+
+    found = run()
+    assert len(calls) == 2
+    assert not any(y.requires_grad for y in found)
+    agree(found, plainly(monkeypatch, run), 1e-5)
+    agree(found[:1], [block(x).detach()], 1e-6)
+    block.requires_grad_(False)(x.detach())
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant, device, monkeypatch):
+    monkeypatch.setattr(_recompute, "LEAST", 1)
+    block, x = made(device), tokens(device)
+    found = []
+    for run in (partial(checkpoint, block, use_reentrant=reentrant), block):
+        block.zero_grad(set_to_none=True)
+        y: Any = run(x)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, *[p.grad for p in block.parameters()]])
+        x.grad = None
+    agree(found[0], found[1], 1e-4)
+
+
+def test_a_weight_changed_before_the_backward_pass_is_an_error(device):
+    block, x = made(device), tokens(device)
+    for name in ("norm1.weight", "mixer.in_proj.weight", "mixer.ssm.D", "mlp.fc2.weight"):
+        y = block(x).sum()
+        with torch.no_grad():
+            block.get_parameter(name).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
+def test_differentiable_once(device):
+    block, x = made(device), tokens(device)
+    (dx,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def hooked(path: str) -> Any:
+    return lambda block: block.get_submodule(path).register_forward_hook(lambda *_: None)
+
+
+def frozen(path: str) -> Any:
+    return lambda block: block.get_parameter(path).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "mixed", "fed"),
+    [
+        (hooked("mixer"), False, True),
+        (hooked("mixer.ssm.dt_proj"), False, True),
+        (hooked("norm2"), True, False),
+        (hooked("mlp.act"), True, False),
+        (lambda block: block.mixer.in_proj.register_full_backward_hook(lambda *_: None), False, True),
+        (lambda block: setattr(block.mixer, "forward", block.mixer.forward), False, True),
+        (lambda block: setattr(block.mixer, "out_proj", Doubled(16, 16, bias=False)), False, True),
+        (lambda block: setattr(block.mlp, "fc1", Doubled(16, 32)), True, False),
+        (lambda block: setattr(block.mlp, "act", nn.GELU("tanh")), True, False),
+        (lambda block: setattr(block.mlp, "drop1", nn.Dropout(0.1)), True, False),
+        (lambda block: setattr(block, "drop_path2", nn.Dropout(0.1)), True, False),
+        (lambda block: setattr(block.mixer.conv, "dilation", (2, 2)), None, None),
+        (lambda block: setattr(block.mixer.conv, "activation", None), False, True),
+        (frozen("mixer.ssm.A_log"), False, True),
+        (frozen("mlp.fc2.bias"), True, False),
+        (lambda block: block.mixer.in_proj.double(), None, None),
+    ],
+)
+def test_stands_back_where_it_would_change_or_hide_something(change, mixed, fed, device, monkeypatch):
+    block, x = made(device), tokens(device)
+    assert nodes_of(block(x)) == HALVES  # and what was found for the block is not used for another
+    change(block)
+    block.to(device)
+    if mixed is None:  # the layers' own errors
+        with pytest.raises((RuntimeError, ValueError)) as ours:
+            block(x)
+        with pytest.raises((RuntimeError, ValueError)) as theirs:
+            plainly(monkeypatch, lambda: block(x))
+        assert (ours.type, str(ours.value)) == (theirs.type, str(theirs.value))
+        return
+    found = graph_of(block(x))
+    assert ("_MixedBackward" in found, "_WithMlpBackward" in found) == (mixed, fed)
+
+
+def graph_of(y: torch.Tensor) -> set[str]:
+    """All nodes that made `y`."""
+    found, todo = set(), [y.grad_fn]
+    while todo:
+        node: Any = todo.pop()
+        if node is not None:
+            found.add(type(node).__name__)
+            todo += [before for before, _ in node.next_functions]
+    return found
+
+
+def test_hooks_may_come_and_go(device):
+    block, x = made(device), tokens(device)
+    handle = block.mixer.register_forward_hook(lambda *_: None)
+    assert "_MixedBackward" not in graph_of(block(x))
+    handle.remove()
+    assert nodes_of(block(x)) == HALVES
+
+
+def test_other_dtypes_devices_and_sizes_go_their_own_way(device):
+    block = made(device)
+    one = torch.randn(2, 1, 1, 16, device=device, requires_grad=True)
+    assert "_MixedBackward" not in graph_of(block(one))
+    assert block(torch.empty(0, 4, 4, 16, device=device)).shape == (0, 4, 4, 16)
+    assert block.to("meta")(torch.empty(2, 4, 4, 16, device="meta")).shape == (2, 4, 4, 16)
+    double = made(device).double()
+    assert not graph_of(double(tokens(device, dtype=torch.float64))) & set(HALVES)
+
+
+def test_strided_maps(device, monkeypatch):
+    block = made(device)
+    x = torch.randn(2, 16, 5, 4, device=device).permute(0, 2, 3, 1).requires_grad_()
+    assert nodes_of(block(x)) == HALVES
+    agree(results(block, x), plainly(monkeypatch, lambda: results(block, x)), 1e-3)
+
+
+def test_a_copy_has_layers_of_its_own(device):
+    block, x = made(device), tokens(device)
+    wanted = block(x)
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(other(x), wanted)
+        with torch.no_grad():
+            other.mixer.in_proj.weight.zero_()
+            other.mlp.fc2.weight.zero_()
+        assert not torch.equal(other(x), wanted)
+    assert torch.equal(block(x), wanted)
+
+
+def test_weights_may_be_replaced(device):
+    block, x = made(device), tokens(device)
+    before = block(x)
+    block.mlp.fc2.weight = nn.Parameter(torch.zeros_like(block.mlp.fc2.weight))
+    block.mlp.fc2.bias = nn.Parameter(torch.zeros_like(block.mlp.fc2.bias))
+    after = block(x)
+    assert nodes_of(after) == HALVES
+    assert not torch.equal(before, after)
+
+
+def test_stochastic_depth_drops_whole_samples(device):
+    block, x = made(device, drop_path=0.9).train(), tokens(device, size=(64, 3, 3))
+    y = block(x)
+    assert nodes_of(y) == HALVES
+    untouched = (y == x).flatten(1).all(1).float().mean()
+    assert 0.6 < float(untouched) < 0.95
+    assert isinstance(block.drop_path2, DropPath)
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=str)
+def test_a_model_has_the_same_gradients(half, device, monkeypatch):
+    model: Any = mamba_zoo.create_model("vmamba_mini", num_classes=8).to(device).train()
+    x = torch.randn(2, 3, 32, 32, device=device, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half is not None):
+            y = model(x)
+        y.float().square().mean().backward()
+        return [y.detach().float(), *[p.grad for p in model.parameters()]]
+
+    found, wanted = run(), plainly(monkeypatch, run)
+    assert "_WithMlpBackward" in graph_of(model(x))
+    agree(found, wanted, 0.1 if half else 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_stands_back_for_other_backends(device):
+    if device.type == "cpu":
+        pytest.skip("a CPU has no kernels to leave out")
+    block, x = made(device), tokens(device)
+    with kernels.use("reference"):
+        assert not graph_of(block(x)) & set(HALVES)
+
+
+def test_nothing_stays_of_a_forward_pass_without_a_backward_pass(device):
+    block, x = made(device), tokens(device)
+    counts = []
+    for _ in range(3):
+        block(x)
+        gc.collect()
+        counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    assert counts[1] == counts[2]
