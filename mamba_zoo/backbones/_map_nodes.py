@@ -167,15 +167,14 @@ class _Kernels(NamedTuple):
 
 
 def _kernels(given: tuple[Tensor | None, ...], products: Sequence[Tensor | None], x: Tensor) -> _Kernels | None:
-    """What computes on `given`, if nobody looks on, the weights of `products` are multiplied as they are, and all learn
-    or none.
-    """
+    """What computes on `given`, if nobody looks on, all learn or none, and torch would multiply by `products`."""
     dtype = linear_dtype(x)
     if watched(given) or not 0 < x.numel() < 2**31:
         return None
-    for weight in products:
-        if weight is not None and weight.dtype != dtype:
-            return None
+    if not torch.is_autocast_enabled(x.device.type):
+        for weight in products:
+            if weight is not None and weight.dtype != dtype:
+                return None
     learned = differentiated(given)
     for tensor in given:
         if tensor is not None and (tensor.dtype not in DTYPES or (learned and not tensor.requires_grad)):
@@ -205,6 +204,7 @@ class _Mixed(torch.autograd.Function):
         *of_scan, out_weight, out_bias, from_inner = rest
         part = Alone if type(ctx) is Alone else Part
         norm, conv, scan, out_norm = parts = part(AddNorm), part(DepthwiseConv2d), part(ProjectedScan), part(AddNorm)
+        to_inner, from_inner = as_dtype(to_inner, how.dtype), as_dtype(from_inner, how.dtype)
         with torch._C._DisableAutocast():  # pyright: ignore[reportAttributeAccessIssue]
             y = norm.forward(how.kernels.norm, x, None, None, weight, bias, how.eps, False, how.dtype)
             maps = (*x.shape[:3], len(to_inner))
@@ -248,6 +248,7 @@ class _WithMlp(torch.autograd.Function):
     def forward(ctx: Any, how: _How, x, branch, scale, dropped, weight, bias, *of_mlp):
         part = Alone if type(ctx) is Alone else Part
         norm, mlp = parts = part(AddNorm), part(Mlp)
+        of_mlp = [t if t is None else as_dtype(t, how.dtype) for t in of_mlp]
         with torch._C._DisableAutocast():  # pyright: ignore[reportAttributeAccessIssue]
             stream, y = norm.forward(how.kernels.norm, x, branch, scale, weight, bias, how.eps, False, how.dtype)
             out = mlp.forward(how.kernels.mlp, y, *of_mlp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -107,12 +108,15 @@ def tokens(
     return torch.randn(*size, dim).to(device, dtype).requires_grad_()
 
 
-def results(block: Any, x: torch.Tensor, half: torch.dtype | None = None, call: Any = None) -> list[torch.Tensor]:
+def results(block: Any, x: torch.Tensor, half: torch.dtype | None = None, cast: bool = True) -> list[torch.Tensor]:
     block.zero_grad(set_to_none=True)
     torch.manual_seed(1)
     seed = torch.randn(x.shape).to(x.device)
-    with torch.autocast(x.device.type, half, enabled=half is not None), weights_cast(block, x):
-        y = (call or block)(x)
+    with (
+        torch.autocast(x.device.type, half, enabled=half is not None),
+        weights_cast(block, x) if cast else nullcontext(),
+    ):
+        y = block(x)
     (dx,) = torch.autograd.grad((y.float() * seed).sum(), x, retain_graph=True)
     (y.float() * seed).sum().backward()
     x.grad = None
@@ -155,6 +159,15 @@ def test_is_what_the_layers_compute(options, half, least, device, monkeypatch):
     found = results(block, x, half)
     wanted = plainly(monkeypatch, lambda: results(block, x, half))
     agree(found, wanted, 2e-2 if half else 1e-5 if device.type == "cpu" else 1e-3)
+
+
+def test_weights_that_are_not_cast_together(device, monkeypatch):
+    block, x = made(device, conv_bias=True), tokens(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert nodes_of(block(x)) == HALVES
+    found = results(block, x, torch.bfloat16, cast=False)
+    assert {grad.dtype for grad in found[1:]} == {torch.float32}
+    agree(found, results(block, x, torch.bfloat16), 1e-2)
 
 
 def test_half_weights_without_autocast(device, monkeypatch):
@@ -355,8 +368,10 @@ def test_stochastic_depth_drops_whole_samples(device):
 
 
 @pytest.mark.parametrize("half", [None, torch.bfloat16], ids=str)
-def test_a_model_has_the_same_gradients(half, device, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_a_model_has_the_same_gradients(checkpointing, half, device, monkeypatch):
     model: Any = mamba_zoo.create_model("vmamba_mini", num_classes=8).to(device).train()
+    model.set_grad_checkpointing(checkpointing)
     x = torch.randn(2, 3, 32, 32, device=device, requires_grad=True)
 
     def run() -> list[torch.Tensor]:
