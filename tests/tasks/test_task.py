@@ -4,6 +4,7 @@ import csv
 import inspect
 import json
 import re
+import threading
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,16 @@ def test_every_registered_task_keeps_the_contract():
             assert set(re.findall(r"\w+", order)) <= {*list_scans(modality=modality), "reverse"}, (name, order)
         missing = set(data.tells) - set(model.__init__.__code__.co_varnames)
         assert not missing, f"{name}: the data tell the model {missing}, which it does not take"
+
+
+def test_the_backward_pass_runs_in_the_calling_thread(device):
+    task = SlopeReader().to(device)
+    seen: list[int] = []
+    weight = next(task.net.parameters())
+    weight.register_hook(lambda _: seen.append(threading.get_ident()))
+    task.backward(task.net(torch.randn(4, 8, device=device)).sum())
+    assert seen == [threading.get_ident()]
+    assert weight.grad is not None
 
 
 @pytest.mark.parametrize("name", TASKS)
