@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -76,8 +76,18 @@ def normed_again(y: Tensor, norm: nn.Module, stream: Tensor) -> AbstractContextM
         norm: `LayerNorm` or `RMSNorm`.
         stream: `(b, ..., d)`.
     """
+    if type(norm) not in (LayerNorm, RMSNorm):
+        return nullcontext()
     dtype = y.dtype  # a branch may have given it
-    return recomputed(y, lambda x: norm(x, narrow=True).to(dtype), stream)
+    # The weights of now: by the time of the backward pass others may be in their place.
+    weights: list[Any] = [*norm._parameters.values()]
+    eps: Any = norm.eps
+    kind = "rms" if isinstance(norm, RMSNorm) else "layer"
+
+    def again(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _normed(x, weight, bias, None, None, eps, kind, True).to(dtype)
+
+    return recomputed(y, again, stream, *[weight for weight in weights if weight is not None])
 
 
 def branch_scale(branch: Tensor, drop_path: float) -> Tensor | None:
@@ -110,9 +120,11 @@ def are_hooked(*layers: Any) -> bool:
 
 
 def are_as_built(*layers: Any) -> bool:
-    """Whether the layers do what their classes say and nothing besides: no hooks, and no `forward` of their own."""
+    """Whether the layers do what their classes say and nothing besides: no hooks, no `forward` of their own, and not
+    compiled.
+    """
     for layer in layers:
-        if "forward" in layer.__dict__:
+        if "forward" in layer.__dict__ or layer._compiled_call_impl is not None:
             return False
     return not are_hooked(*layers)
 

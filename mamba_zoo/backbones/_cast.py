@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from ..kernels._op import watched
 from ._block import are_hooked
 from ._depthwise import DepthwiseConv
+from ._findings import findings
 from ._ssm import DirectionLinear
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DirectionLinear)
 _Place = tuple[nn.Module, str, nn.Parameter]  # a layer, the name of a parameter of its own, and what is there
-_known: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
 
 
 def weights_cast(model: nn.Module, x: Any) -> AbstractContextManager[Any]:
@@ -32,7 +31,8 @@ def weights_cast(model: nn.Module, x: Any) -> AbstractContextManager[Any]:
     The numbers are those of autocast, which launches a kernel for every weight, and in the backward pass another for
     its gradient: of the kernels of VMamba-T a third. All gradients arrive together at the end of the backward pass.
     Nothing changes without autocast, where a compiler or a transform looks on, or where processes exchange gradients as
-    they come; nor for layers with hooks, which would meet the casts in the place of the parameters.
+    they come; nor for layers with hooks, which would meet the casts in the place of the parameters. Threads that call
+    one model take turns.
 
     Args:
         model: Called within the context.
@@ -42,12 +42,7 @@ def weights_cast(model: nn.Module, x: Any) -> AbstractContextManager[Any]:
         return nullcontext()
     if watched((x,)) or _distributed():
         return nullcontext()
-    places = _known.get(model)
-    if places is None or any(layer._parameters[name] is not weight for layer, name, weight in places):
-        places = _known[model] = _places(model, x.device)
-    if are_hooked(*(layer for layer, _, _ in places)):  # asking for all of them at once takes a third of the time
-        places = [place for place in places if not are_hooked(place[0])]
-    return _replaced(places, torch.get_autocast_dtype(x.device.type)) if places else nullcontext()
+    return _with_casts(model, x.device)
 
 
 def _distributed() -> bool:
@@ -70,16 +65,32 @@ def _places(model: nn.Module, device: torch.device) -> list[_Place]:
 
 
 @contextmanager
-def _replaced(places: list[_Place], dtype: torch.dtype) -> Iterator[None]:
-    weights = [weight for _, _, weight in places]
-    casts = _Cast.apply(dtype, *weights) if torch.is_grad_enabled() else _as_dtype(weights, dtype)
-    for (layer, name, _), cast in zip(places, casts, strict=True):
-        layer._parameters[name] = cast  # pyright: ignore[reportArgumentType] (no parameter, for a while)
-    try:
-        yield
-    finally:
-        for layer, name, weight in places:
-            layer._parameters[name] = weight
+def _with_casts(model: nn.Module, device: torch.device) -> Iterator[None]:
+    known = findings(model)
+    with known.lock:  # a thread must not meet another one's casts, which may have no gradient
+        if known.get("is_cast"):  # around this call already
+            yield
+            return
+        places: list[_Place] = known.get("places", [])
+        if not places or any(
+            layer._parameters.get(name) is not weight or weight.dtype != torch.float32 for layer, name, weight in places
+        ):
+            places = known["places"] = _places(model, device)
+        if are_hooked(*(layer for layer, _, _ in places)):  # asking all of them at once takes a third of the time
+            places = [place for place in places if not are_hooked(place[0])]
+        weights, dtype = [weight for _, _, weight in places], torch.get_autocast_dtype(device.type)
+        casts: Sequence[Tensor] = ()
+        if places:
+            casts = _Cast.apply(dtype, *weights) if torch.is_grad_enabled() else _as_dtype(weights, dtype)
+        for (layer, name, _), cast in zip(places, casts, strict=True):
+            layer._parameters[name] = cast  # pyright: ignore[reportArgumentType] (no parameter, for a while)
+        known["is_cast"] = True
+        try:
+            yield
+        finally:
+            known["is_cast"] = False
+            for layer, name, weight in places:
+                layer._parameters[name] = weight
 
 
 def _as_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:

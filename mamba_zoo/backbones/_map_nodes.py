@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from timm.layers.drop import DropPath
@@ -26,6 +25,7 @@ from ..kernels.mlp import Mlp
 from ..scans import scan_order
 from ._block import LayerNorm, LeanMlp, are_as_built, branch_scale, linear_dtype, skip_rate
 from ._depthwise import DepthwiseConv
+from ._findings import findings
 from ._mixer import SS2D
 from ._projected_scan import ProjectedScan
 from ._recompute import worth_making_again
@@ -48,7 +48,6 @@ _MLP_LAYERS: _Types = {
     "drop_path2": (nn.Identity, DropPath),
 }  # fmt: skip
 _MLP_WEIGHTS = ("norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
-_known: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], _Layers]] = WeakKeyDictionary()
 
 
 def mixed(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -69,14 +68,23 @@ def mixed(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     norm, mixer, to_inner, conv, *_, out_norm, from_inner = layers.found
     tokens = x.shape[1:3]
-    if mixer.gate or conv.activation != "silu" or not conv.has_kernels() or tokens.numel() == 1:
+    if mixer.gate or conv.activation != "silu" or tokens.numel() == 1:  # a single token goes a shorter way
         return None
-    if to_inner._parameters["bias"] is not None or from_inner._parameters["bias"] is not None:
+    if to_inner._parameters.get("bias", x) is not None or from_inner._parameters.get("bias", x) is not None:
         return None
     weights = layers.weights()
-    if weights is None or weights[6].shape[1] == 1:  # a single channel goes a shorter way, and so does a single token
+    if weights is None or not conv.has_kernels():
         return None
-    kernels = _kernels((x, *weights), (weights[2], weights[-1]), x)
+    norm_weight, norm_bias, to, taps, tap_bias, to_maps, to_steps, *_, out_weight, out_bias, back = weights
+    if norm_weight is None or out_weight is None:
+        return None
+    inner = len(to)
+    # Kernels look at addresses alone. A single channel goes a shorter way.
+    if inner == 1 or not (_are((x.shape[-1],), norm_weight, norm_bias) and len(back) == x.shape[-1]):
+        return None
+    if not (_are((inner,), out_weight, out_bias, tap_bias) and taps.shape[:2] == (inner, 1)):
+        return None
+    kernels = _kernels((x, *weights), (to, to_maps, to_steps, back), x)
     if kernels is None:
         return None
     order = scan_order(mixer.scan, tuple(tokens), x.device)
@@ -102,7 +110,9 @@ def with_mlp(block: nn.Module, x: Tensor, branch: Tensor, scale: Tensor | None) 
         return None
     norm, mlp, *_, drop_path = layers.found
     weights = layers.weights()
-    if weights is None or not mlp.is_ordinary():
+    if weights is None or not mlp.is_ordinary() or getattr(drop_path, "scale_by_keep", True) is False:
+        return None
+    if branch.shape != x.shape or weights[0] is None or not _are((x.shape[-1],), weights[0], weights[1]):
         return None
     kernels = _kernels((x, branch, *weights), weights[2:], branch)
     if kernels is None:
@@ -122,42 +132,46 @@ class _Layers:
             modules = block.get_submodule(parent)._modules
             layer = modules.get(name)
             self.found.append(layer)
-            self._places.append((modules, name, layer))
+            self._places.append((modules, name, layer, type(layer)))
             if (type(layer) not in kind) if isinstance(kind, tuple) else type(layer) is not kind:
                 self.fit = False
                 return
         self.fit = True
         for path in weights:
             parent, _, name = path.rpartition(".")
-            self._weights.append((block.get_submodule(parent)._parameters, name, name != "bias"))
+            self._weights.append((block.get_submodule(parent)._parameters, name))
 
     def are_there(self) -> bool:
         """Whether they still are what the block calls."""
-        for modules, name, layer in self._places:  # noqa: SIM110 (any() over a generator takes twice as long)
-            if modules.get(name) is not layer:
+        for modules, name, layer, kind in self._places:
+            if modules.get(name) is not layer or type(layer) is not kind:  # parametrizing changes the class
                 return False
         return True
 
     def weights(self) -> list[Any] | None:
-        """As they are now, unless one but a bias is missing."""
+        """As they are now; None if one is no parameter, but was put in the place of one."""
         found = []
-        for parameters, name, needed in self._weights:
-            weight = parameters.get(name)
-            if weight is None and needed:
+        for parameters, name in self._weights:
+            if name not in parameters:
                 return None
-            found.append(weight)
+            found.append(parameters[name])
         return found
 
 
 def _layers(block: nn.Module, types: _Types, weights: tuple[str, ...]) -> _Layers | None:
     """The layers if they are of these types and nobody would see them called."""
-    known = _known.get(block)
-    if known is None:
-        known = _known[block] = {}
+    known = findings(block)
     layers = known.get(weights)
     if layers is None or not layers.are_there():
         layers = known[weights] = _Layers(block, types, weights)
     return layers if layers.fit and are_as_built(*layers.found) else None
+
+
+def _are(shape: tuple[int, ...], *weights: Tensor | None) -> bool:
+    for weight in weights:  # noqa: SIM110 (all() over a generator takes twice as long)
+        if weight is not None and weight.shape != shape:
+            return False
+    return True
 
 
 class _Kernels(NamedTuple):
@@ -167,7 +181,9 @@ class _Kernels(NamedTuple):
 
 
 def _kernels(given: tuple[Tensor | None, ...], products: Sequence[Tensor | None], x: Tensor) -> _Kernels | None:
-    """What computes on `given`, if nobody looks on, all learn or none, and torch would multiply by `products`."""
+    """What computes on `given` if nobody looks on, all are where `x` is, all learn or none, and torch would multiply
+    `x` by `products`.
+    """
     dtype = linear_dtype(x)
     if watched(given) or not 0 < x.numel() < 2**31:
         return None
@@ -177,7 +193,9 @@ def _kernels(given: tuple[Tensor | None, ...], products: Sequence[Tensor | None]
                 return None
     learned = differentiated(given)
     for tensor in given:
-        if tensor is not None and (tensor.dtype not in DTYPES or (learned and not tensor.requires_grad)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES or tensor.device != x.device or (learned and not tensor.requires_grad):
             return None
     return _serving(dtype)
 

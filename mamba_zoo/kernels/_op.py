@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("mamba_zoo", "DEF")
@@ -120,6 +121,8 @@ def _differentiable(run: Callable, record: Callable) -> Callable:
 
 def differentiated(inputs: tuple) -> bool:
     """Whether a gradient is wanted of something computed of these now."""
+    if forward_ad._current_level >= 0:  # of which there is none: torch says so where one is asked for
+        return True
     if torch.is_grad_enabled():
         for x in inputs:
             if isinstance(x, Tensor) and x.requires_grad:

@@ -1,6 +1,12 @@
 """Weights cast together: what autocast computes, and nothing left behind."""
 
+import gc
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -98,3 +104,64 @@ def test_weights_may_be_exchanged_between_calls():
         assert model(x).shape == (1, 3)
         model.bfloat16()
         assert model(x).dtype == torch.bfloat16
+
+
+def test_weights_are_cast_again_after_a_round_trip_through_other_dtypes():
+    model, x = build("vmamba_mini").eval(), torch.randn(1, 3, 64, 64)
+    with autocast(), torch.no_grad():
+        wanted = model(x)
+        assert model.double()(x.double()).isfinite().all()
+        model.bfloat16()(x)  # nothing is cast
+        model.float()
+        seen, layer = [], model.stages[0].blocks[0].mixer.in_proj
+        layer.forward = watched_linear(layer, seen)
+        found = model(x)
+    assert seen == [torch.bfloat16]
+    assert float((found - wanted).norm()) < 0.1 * float(wanted.norm())
+
+
+def watched_linear(layer: nn.Linear, seen: list[torch.dtype]) -> Any:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        seen.append(layer.weight.dtype)
+        return nn.functional.linear(x, layer.weight, layer.bias)
+
+    return forward
+
+
+def test_threads_take_turns():
+    """One that does not learn must not lend its casts to one that does."""
+    model, x = build("vmamba_mini"), torch.randn(1, 3, 64, 64)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        go_on.wait(5)
+
+    handle = model.stages[0].blocks[0].norm1.register_forward_hook(wait)
+
+    def look() -> None:
+        with autocast(), torch.no_grad():
+            model(x)
+
+    with ThreadPoolExecutor(2) as threads:
+        looking = threads.submit(look)
+        assert inside.wait(5)
+        learning = threads.submit(gradients, model, x)
+        time.sleep(0.2)
+        handle.remove()
+        go_on.set()
+        looking.result()
+        found = learning.result()
+    assert found.keys() >= {name for name, _ in model.named_parameters()}
+
+
+def test_a_model_is_freed_with_a_hook_that_refers_to_it():
+    model, x = build("vmamba_mini"), torch.randn(1, 3, 64, 64)
+    keeper = [model]
+    model.head.fc.register_forward_hook(partial(lambda keeper, *_: None, keeper))
+    with autocast(), torch.no_grad():
+        model(x)
+    alive = weakref.ref(model)
+    del model, keeper
+    gc.collect()
+    assert alive() is None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -16,10 +18,12 @@ import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import mamba_zoo
 from mamba_zoo import kernels
 from mamba_zoo.backbones import _map_nodes, _recompute
+from mamba_zoo.backbones._block import LayerNorm, LeanMlp
 from mamba_zoo.backbones._cast import weights_cast
 from mamba_zoo.backbones._map_block import MapBlock
 from mamba_zoo.backbones._mixer import SS2D
@@ -62,7 +66,7 @@ def gelu_gradient(h, g, again, bias) -> tuple:
     with torch.enable_grad():
         y = F.gelu(h)
     (dh,) = torch.autograd.grad(y, h, g)
-    return dh, y.detach(), dh.sum(0)
+    return dh, y.detach() if again else None, dh.sum(0) if bias else None
 
 
 PLAIN = _map_nodes._Kernels(
@@ -250,6 +254,29 @@ def test_differentiable_once(device):
         dx.sum().backward()
 
 
+class Shifted(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + 1
+
+
+def as_attribute(path: str) -> Any:
+    """Puts a tensor in the place of a parameter, as hypernetworks do."""
+
+    def change(block: Any) -> None:
+        layer, _, name = path.rpartition(".")
+        layer = block.get_submodule(layer)
+        weight = getattr(layer, name)
+        weight = torch.ones(16, device=block.norm1.weight.device) if weight is None else 3 * weight.detach()
+        delattr(layer, name)
+        setattr(layer, name, weight)
+
+    return change
+
+
+def parametrized(path: str, name: str) -> Any:
+    return lambda block: nn.utils.parametrize.register_parametrization(block.get_submodule(path), name, Shifted())
+
+
 class Doubled(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(input)
@@ -282,6 +309,23 @@ def frozen(path: str) -> Any:
         (frozen("mixer.ssm.A_log"), False, True),
         (frozen("mlp.fc2.bias"), True, False),
         (lambda block: block.mixer.in_proj.double(), None, None),
+        (lambda block: block.mixer.in_proj.bfloat16(), None, None),
+        (lambda block: block.mixer.ssm.dt_proj.bfloat16(), None, None),
+        (lambda block: setattr(block.mixer, "in_proj", nn.Linear(16, 16)), False, True),
+        (lambda block: setattr(block.mixer, "out_proj", nn.Linear(16, 16)), False, True),
+        (lambda block: setattr(block.mlp.fc1, "__class__", Doubled), True, False),
+        (parametrized("mixer.in_proj", "weight"), False, True),
+        (parametrized("norm1", "bias"), False, True),
+        (parametrized("mlp.fc1", "bias"), True, False),
+        (as_attribute("mlp.fc1.bias"), True, False),
+        (as_attribute("norm2.bias"), True, False),
+        (as_attribute("mixer.out_norm.bias"), False, True),
+        (as_attribute("mixer.in_proj.bias"), False, True),
+        (lambda block: setattr(block, "norm2", LayerNorm(8)), None, None),
+        (lambda block: setattr(block.mixer.conv, "weight", nn.Parameter(torch.ones(8, 1, 3, 3))), None, None),
+        (lambda block: setattr(block.mixer.out_norm, "weight", nn.Parameter(torch.ones(8))), None, None),
+        (lambda block: setattr(block, "drop_path2", DropPath(0.5, scale_by_keep=False)), True, False),
+        (lambda block: block.mlp.fc1.compile(backend="eager"), True, False),
     ],
 )
 def test_stands_back_where_it_would_change_or_hide_something(change, mixed, fed, device, monkeypatch):
@@ -298,6 +342,8 @@ def test_stands_back_where_it_would_change_or_hide_something(change, mixed, fed,
         return
     found = graph_of(block(x))
     assert ("_MixedBackward" in found, "_WithMlpBackward" in found) == (mixed, fed)
+    block.eval()  # nothing random
+    agree([block(x).detach()], plainly(monkeypatch, lambda: [block(x).detach()]), 1e-3)
 
 
 def graph_of(y: torch.Tensor) -> set[str]:
@@ -309,6 +355,67 @@ def graph_of(y: torch.Tensor) -> set[str]:
             found.add(type(node).__name__)
             todo += [before for before, _ in node.next_functions]
     return found
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_mlp_without_biases(bias, device, monkeypatch):
+    block, x = made(device), tokens(device)
+    block.mlp = LeanMlp(16, 32, bias=(bias, False)).to(device)
+    assert nodes_of(block(x)) == HALVES
+    agree(results(block, x), plainly(monkeypatch, lambda: results(block, x)), 1e-3)
+
+
+def test_a_single_channel_goes_a_shorter_way(device):
+    block = made(device, dim=16, ssm_ratio=1 / 16)
+    assert "_MixedBackward" not in graph_of(block(tokens(device)))
+
+
+def test_counters_see_operations(device):
+    block, x = made(device), tokens(device)
+    with FlopCounterMode(display=False) as seen:
+        assert not graph_of(block(x)) & set(HALVES)
+    assert seen.get_total_flops() > 0
+
+
+def test_two_threads(device):
+    block = made(device)
+    inputs = [tokens(device), tokens(device)]
+    wanted = [torch.autograd.grad(block(x).square().sum(), x)[0] for x in inputs]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.autograd.grad(block(x).square().sum(), x)[0] for _ in range(20)]).mean(0)
+
+    with ThreadPoolExecutor(2) as threads:
+        agree([*threads.map(run, inputs)], wanted, 1e-3)
+
+
+def test_two_backward_passes_of_one_graph_in_threads(device):
+    block, x = made(device), tokens(device)
+    y = block(x).square().sum()
+    (wanted,) = torch.autograd.grad(y, x, retain_graph=True)
+    with ThreadPoolExecutor(2) as threads:
+        found = threads.map(lambda _: torch.autograd.grad(y, x, retain_graph=True)[0], range(20))
+    agree([*found], 20 * [wanted], 1e-3)
+
+
+def test_forward_mode_is_an_error(device):
+    block, x = made(device).requires_grad_(False), tokens(device).detach()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            block(dual)
+
+
+def test_a_block_is_freed_with_a_hook_that_refers_to_it(device):
+    block, x = made(device), tokens(device)
+    block(x)
+    keeper = SimpleNamespace(block=block)
+    block.mixer.register_forward_hook(partial(lambda keeper, *_: None, keeper))
+    block(x)
+    alive = weakref.ref(block)
+    del block, keeper
+    gc.collect()
+    assert alive() is None
 
 
 def test_hooks_may_come_and_go(device):

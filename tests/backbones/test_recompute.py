@@ -211,3 +211,18 @@ def test_inputs_changed_too_early_are_noticed():
         w.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.backward()
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
+def test_weights_of_the_forward_pass_make_it_again(gate, monkeypatch):
+    """Weights that a functional call puts in the place of others are gone by the time of the backward pass."""
+    torch.manual_seed(0)
+    block, x = MapBlock(8, lambda dim: SS2D(dim, gate=gate, k=4)), torch.randn(2, 4, 4, 8)
+    weights = {name: (1.1 * p.detach() + 0.1).requires_grad_() for name, p in block.named_parameters()}
+    found = []
+    for least in (1, NEVER):
+        monkeypatch.setattr(_recompute, "LEAST", least)
+        y = torch.func.functional_call(block, weights, (x,))
+        found.append(torch.autograd.grad(y.square().sum(), [*weights.values()]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -240,3 +240,21 @@ def test_triton_is_left_out_where_it_could_not_build_its_launchers(monkeypatch, 
         assert _triton.refuse("cuda", torch.float32) is None
     finally:
         _triton._missing.cache_clear()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("way", ["dual numbers", "functional"])
+def test_a_directional_derivative_is_an_error(way, learned):
+    """Not zero without a word, whatever has a gradient in the other direction."""
+    given = make_problem(b=1, l=5, k=2, d=3, n=4)
+    u = given.pop("u")
+    given["A"].requires_grad_(learned)
+
+    def run() -> None:
+        if way == "functional":
+            torch.func.jvp(lambda u: selective_scan(u, **given), (u,), (u,))
+        with torch.autograd.forward_ad.dual_level():
+            selective_scan(torch.autograd.forward_ad.make_dual(u, u), **given)
+
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        run()

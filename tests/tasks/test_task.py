@@ -57,11 +57,12 @@ def test_every_registered_task_keeps_the_contract():
 
 def test_the_backward_pass_runs_in_the_calling_thread(device):
     task = SlopeReader(points=8).to(device)
-    seen: list[int] = []
+    seen: list[Any] = []
     weight = next(task.net.parameters())
-    weight.register_hook(lambda _: seen.append(threading.get_ident()))
+    weight.register_hook(lambda _: seen.extend((threading.get_ident(), torch.autograd.is_multithreading_enabled())))
     task.backward(task.net(torch.randn(4, 8, device=device)).sum())
-    assert seen == [threading.get_ident()]
+    assert seen == [threading.get_ident(), False]
+    assert torch.autograd.is_multithreading_enabled()
     assert weight.grad is not None
 
 
