@@ -33,7 +33,7 @@ def is_one_function(layers: tuple[nn.Module, ...], u: Tensor, z: Tensor | None, 
     if u.device.type not in DEVICES or watched((u, z, *weights)) or are_hooked(*layers):
         return False
     # Without autocast torch names the dtypes.
-    return weights[0].dtype == u.dtype or torch.is_autocast_enabled(u.device.type)
+    return weights[0].dtype == weights[1].dtype == u.dtype or torch.is_autocast_enabled(u.device.type)
 
 
 def projected_scan(

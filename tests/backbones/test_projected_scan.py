@@ -231,12 +231,15 @@ def test_those_who_look_on_see_the_layers(nodes):
 
 def test_a_wrong_argument_is_the_same_error(nodes, monkeypatch):
     ssm, u, z = layer_and_tokens("cpu", torch.float32, 2, 4, False, "shared")
+    mixed, _, _ = layer_and_tokens("cpu", torch.float32, 2, 4, False, "shared")
+    mixed.dt_proj.bfloat16()
     calls = {
         "z": lambda: ssm(u, z[:, 1:]),
         "order": lambda: ssm(u, z, torch.zeros(3, 9, dtype=torch.long)),
         "tokens": lambda: ssm(u[..., :5], z),
         "reduce": lambda: ssm(u, z, reduce="most"),
         "dtype": lambda: ssm(u.half(), z),
+        "dtypes of weights": lambda: mixed(u, z),
     }
     for call in calls.values():
         with pytest.raises((ValueError, RuntimeError)) as ours:
