@@ -85,6 +85,8 @@ class Classifier(Task):
             net, name, opt, lr, weight_decay, layer_decay, recipe, warmup_epochs, min_lr, ema_decay, freeze
         )
         self.class_names = check_classes(num_classes, class_names, self.least_classes)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing} must lie between 0 and 1, such as 0.1; 0 is off")
         self.prepare_scores(num_classes, label_smoothing)
 
     def prepare_scores(self, num_classes: int, label_smoothing: float) -> None:

@@ -372,6 +372,7 @@ def test_diverged_run_stops_and_keeps_the_last_good_epoch(tmp_path, monkeypatch)
         ({"name": FAST, "img_size": 8}, "smaller than its patch of 16 pixels"),
         ({"name": FAST, "num_classes": 1}, "at least 2 classes"),
         ({"name": FAST, "ema_decay": 1.5}, "between 0 and 1"),
+        ({"name": FAST, "label_smoothing": 2}, "label_smoothing=2 must lie between 0 and 1"),
         ({"name": FAST, "freeze": "all"}, "choose one of none, backbone, bn"),
         ({"name": FAST, "class_names": ["a"]}, "class_names has 1 names"),
     ],
