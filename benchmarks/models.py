@@ -4,11 +4,10 @@
 CPU: batch 1, float32, inference, models and peers interleaved. GPU: batch 128, bfloat16 autocast, inference and
 training (forward + backward, without the optimizer step), eager and, with --modes, with the backward pass in the
 calling thread ("one-thread", as `mamba-zoo fit` runs it), through torch.compile ("compiled") and as a CUDA graph
-("captured", `mamba_zoo.capture`); the smallest and largest model of every family and the model of
-timm nearest to it in parameters and operations, one after another in one process. Videos are clips of 8 frames, in
-batches of 16, without a peer. A speed of ours is given only after the outputs for two inputs, called as they are timed,
-agreed with the model's in float32 through other kernels: the plain reference, or beyond 224 pixels Triton, which has no
-convolution of maps.
+("captured", `mamba_zoo.capture`); the smallest and largest model of every family and the model of timm nearest to it in
+parameters and operations, one after another in one process. Videos are clips of 8 frames, in batches of 16, without a
+peer. A speed of ours is given only after the outputs for two inputs, called as they are timed, agreed with the model's
+in float32 through other kernels: the plain reference, or beyond 224 pixels Triton, which has no convolution of maps.
 """
 
 from __future__ import annotations

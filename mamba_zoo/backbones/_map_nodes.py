@@ -3,7 +3,7 @@
 As operations a block of VMamba is 17 nodes, most of them views and products, and the gradient of the stream is added up
 by a kernel of its own. These functions call those of which the operations are made, forwards and backwards. vmamba_tiny
 with 128 images on an H100, as operations and so: training 72.9 and 63.1 ms called from Python on a slow host (medians
-of 12 turns), 33.1 and 32.9 as a graph; inference 22.2 and 20.6, 11.8 and 11.7.
+of 12 turns), 33.1 and 32.9 as a graph; inference 22.2 and 20.6, 11.8 and 11.7 (`benchmarks/results/blocks_h100.csv`).
 """
 
 from __future__ import annotations
@@ -289,7 +289,8 @@ class _WithMlp(torch.autograd.Function):
             if mlp.saved_tensors[0] is None:
                 mlp.saved_tensors = (AddNorm.normed(norm, bias), *mlp.saved_tensors[1:])
             _, dnormed, *dmlp = mlp.backward(dout)
-            _, dx, dbranch, _, dweight, dbias, *_ = norm.backward(dy, dnormed)
+            dstream = as_dtype(dy, norm.saved_tensors[0].dtype)  # what the MLP adds may be wider
+            _, dx, dbranch, _, dweight, dbias, *_ = norm.backward(dstream, dnormed)
         return None, dx, dbranch, None, None, dweight, dbias, *dmlp
 
 

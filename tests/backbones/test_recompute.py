@@ -1,6 +1,5 @@
 """What the backward pass computes again: nothing but memory and time may tell."""
 
-import gc
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ from mamba_zoo.backbones._block import LeanMlp
 from mamba_zoo.backbones._map_block import MapBlock
 from mamba_zoo.backbones._mixer import SS2D
 from mamba_zoo.backbones._recompute import recomputed
+
+from .leaks import assert_nothing_stays
 
 NEVER = 2**60
 
@@ -157,12 +158,7 @@ def test_nothing_stays_of_a_forward_pass_without_a_backward_pass(name):
     model: Any = mamba_zoo.create_model(name)
     size = model.pretrained_cfg["input_size"][-1]
     x = torch.randn(1, model.in_chans, size, size)
-    counts = []
-    for _ in range(3):
-        model(x)
-        gc.collect()
-        counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-    assert counts[1] == counts[2]
+    assert_nothing_stays(lambda: model(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
